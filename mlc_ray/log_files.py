@@ -16,9 +16,12 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlc_ray.cluster import ClusterError
 from mlc_ray.config import LogSection
+from mlc_ray.errors import MlcRayError
 from mlc_ray.json_logs import JsonLines, json_lines
-from mlc_ray.runs import LOGS_FOLDER, names_of
+from mlc_ray.logs import LOG_FILE, keep_in
+from mlc_ray.runs import LEASE_FILE, LOGS_FOLDER, names_of
 from mlc_ray.storage import Place, local_side
 from mlc_ray.storage.mirror import Mirror
 
@@ -82,6 +85,25 @@ def keeping(log: OwnLog | None) -> ExitStack:
     stack = ExitStack()
     stack.enter_context(kept(log))
     return stack
+
+
+@contextmanager
+def output_kept(folder: Place) -> Iterator[None]:
+    """Keep the output of libraries in a folder of this machine (`logs.keep_in`) while the block runs.
+
+    Where that ends by one of this package's errors before anything else is written, a setting is wrong: the file is
+    removed, so that no folder is left. Only what the cluster failed by is told in it.
+    """
+    if not folder.is_local:
+        yield
+        return
+    keep_in(Path(folder))
+    try:
+        yield
+    except MlcRayError as error:
+        if not isinstance(error, ClusterError) and {each.name for each in folder.iterdir()} <= {LOG_FILE, LEASE_FILE}:
+            (folder / LOG_FILE).remove()
+        raise
 
 
 @contextmanager

@@ -326,12 +326,12 @@ def _rows(data: bytes, where: str, before: int) -> list[dict[str, Any]]:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def resolve_model(path: str | Path | Place) -> str:
+def resolve_model(path: str | Path | Place, *, setting: str = "model") -> str:
     """The folder (absolute, or a URL) or hub name to load weights from.
 
     Accepts a Hugging Face folder (`config.json`), a checkpoint (`model/config.json`), and a run: its newest checkpoint
     `train/checkpoint_*` that is complete, else its `export`. What is not a folder here but looks like a hub name,
-    `NAME[#REVISION]`, is taken for one.
+    `NAME[#REVISION]`, is taken for one. Messages call it by the name of the `setting`.
 
     Raises:
         ModelPathError: There is no model, it has no safetensors weights, or files of it are missing.
@@ -342,19 +342,21 @@ def resolve_model(path: str | Path | Place) -> str:
     except ValueError as error:
         if HubModel.parse(str(path)) is not None:
             return str(path)
-        raise ModelPathError(f"model={str(path)!r}: {error}") from None
+        raise ModelPathError(f"{setting}={str(path)!r}: {error}") from None
     if folder.is_local and HubModel.parse(str(path)) is not None:
         return str(path)
     folder = folder.absolute()
     if folder.is_file():
-        raise ModelPathError(f"model={str(path)!r} is a file; give the folder with config.json and safetensors weights")
+        raise ModelPathError(
+            f"{setting}={str(path)!r} is a file; give the folder with config.json and safetensors weights"
+        )
     if not folder.is_dir():
-        raise ModelPathError(f"model={str(path)!r} does not exist")
+        raise ModelPathError(f"{setting}={str(path)!r} does not exist")
     if (folder / "config.json").is_file():
         return str(_with_weights(folder))
     if (folder / MANIFEST).is_file() or (folder / "model").is_dir():
         return str(_of_checkpoint(folder))
-    return str(_of_run(folder))
+    return str(_of_run(folder, setting))
 
 
 def pinned_weights(path: str | Path | Place, known: Mapping[str, str] | None = None) -> str:
@@ -452,7 +454,7 @@ def longest_context(model: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _of_run(run: Place) -> Place:
+def _of_run(run: Place, setting: str) -> Place:
     """The newest complete checkpoint, else the export."""
     complete, faults = complete_checkpoints(run)
     if complete:
@@ -460,7 +462,7 @@ def _of_run(run: Place) -> Place:
     if (run / "export" / "config.json").is_file():
         return _with_weights(run / "export")
     looked = (
-        f"model={str(run)!r} holds no model: neither config.json (a Hugging Face folder), nor model/config.json (a "
+        f"{setting}={str(run)!r} holds no model: neither config.json (a Hugging Face folder), nor model/config.json (a "
         "checkpoint), nor a complete train/checkpoint_* or export (a run)"
     )
     raise ModelPathError("; ".join([looked, *faults]))

@@ -72,6 +72,36 @@ def test_only_our_messages_are_shown_and_all_others_are_in_the_file(tmp_path: Pa
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["libraries.log"]  # the first folder keeps it
 
 
+MISTYPED = """
+import sys
+from pathlib import Path
+from mlc_ray.cluster import ClusterError
+from mlc_ray.errors import MlcRayError
+from mlc_ray.lease import lease
+from mlc_ray.log_files import output_kept
+from mlc_ray.logs import command_line
+from mlc_ray.storage import Place
+place = Place(sys.argv[1])
+with command_line(), lease(place, wait=False), output_kept(place):
+    if sys.argv[2] == "written":
+        (Path(place) / "rejects.jsonl").touch()
+    raise ClusterError("no Ray") if sys.argv[2] == "cluster" else MlcRayError("no such sample")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "left"),
+    [("setting", None), ("cluster", ["libraries.log"]), ("written", ["libraries.log", "rejects.jsonl"])],
+)
+def test_a_wrong_setting_leaves_no_folder_with_a_log_alone(how: str, left: list[str] | None, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", MISTYPED, folder, how], capture_output=True, text=True, timeout=60
+    )
+    assert "MlcRayError: no such sample" in done.stderr or "ClusterError: no Ray" in done.stderr
+    assert (sorted(each.name for each in folder.iterdir()) if folder.exists() else None) == left
+
+
 FULL = """
 import logging, resource, sys
 from pathlib import Path

@@ -36,6 +36,7 @@ from mlc_ray.config import (
     TranslateConfig,
     UtilityConfig,
     config_schema,
+    dump_yaml,
     load_config,
     parse_config,
     parse_yaml,
@@ -134,7 +135,8 @@ def judge_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray judge`."""
     if (arguments.scored is None) == (not arguments.calibrate):
         raise ConfigError(
-            "judge needs either SCORE, to judge it again, or --calibrate LABELLED; see `mlc-ray judge -h`"
+            "judge needs either SCORE, to judge it again, or --calibrate LABELLED, before each of several "
+            "(--calibrate A --calibrate B); see `mlc-ray judge -h`"
         )
     if arguments.calibrate:
         _calibrate(arguments)
@@ -334,8 +336,6 @@ def config_command(arguments: argparse.Namespace) -> None:
         return
     if arguments.config is None and not arguments.overrides:
         raise ConfigError("config needs --schema, or --config FILE and --set FIELD=VALUE to resolve")
-    import yaml
-
     resolved = load_config(SCHEMAS[arguments.schema_of], arguments.config, arguments.overrides)
     if isinstance(resolved, SearchConfig):
         from mlc_ray.search.space import make_space
@@ -350,7 +350,7 @@ def config_command(arguments: argparse.Namespace) -> None:
         from mlc_ray.study.searches import make_searches
 
         make_searches(resolved, scale_folder(resolved))
-    print(yaml.safe_dump(written_out(resolved), sort_keys=False, allow_unicode=True), end="")
+    print(dump_yaml(written_out(resolved)), end="")
 
 
 def doctor_command(arguments: argparse.Namespace) -> None:

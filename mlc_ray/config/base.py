@@ -129,9 +129,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """YAML's safe dumper; it puts a text in quotes that `_Loader` alone would read as a number, such as 201759e0."""
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def read_config_file(path: str | Path, schema: type[Section] | None = None) -> dict[str, Any]:
@@ -189,6 +194,12 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"config file {where!r} holds {type(loaded).__name__}, expected sections such as `model:`")
     return loaded
+
+
+def dump_yaml(value: Mapping[str, Any]) -> str:
+    """A mapping as YAML, in its order, of which `parse_yaml` reads the same."""
+    text: str = yaml.dump(dict(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return text
 
 
 def recipe_file(name: str) -> Path:

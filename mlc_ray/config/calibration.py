@@ -21,7 +21,7 @@ class CalibrationConfig(Section):
     command: ClassVar = "judge --calibrate"
     labelled: Annotated[list[str], Field(min_length=1)] = Field(
         description="Files, folders, or data sets of the hub with a split each (NAME:SPLIT) that hold labelled "
-        "responses; `,language=CODE` may follow."
+        "responses; `,language=CODE` may follow, and `,split=NAME` for rows alone whose field `split` is that."
     )
     judge: Annotated[JudgeSettings, ComponentSettings("judge", default="refusal")] = Field(
         _REFUSAL, description="Whose errors are counted."

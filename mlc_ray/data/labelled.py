@@ -52,8 +52,10 @@ class LabelledResponse:
 def read_labelled(paths: Sequence[str]) -> list[LabelledResponse]:
     """All labelled responses of files, folders and data sets of the hub, each perhaps with `,language=CODE`.
 
+    With `,split=NAME`, those rows alone whose field `split` is NAME.
+
     Raises:
-        LabelledError: a row is not a labelled response, or nothing says its language.
+        LabelledError: a row is not a labelled response, nothing says its language, or none is of that split.
         BundleFileError: a file is missing or damaged, or the hub cannot be reached.
     """
     return [found for path in paths for found in _read(path)]
@@ -61,11 +63,14 @@ def read_labelled(paths: Sequence[str]) -> list[LabelledResponse]:
 
 def _read(text: str) -> Iterator[LabelledResponse]:
     path, *marks = text.split(",")
-    given = None
+    said = {"language": "", "split": ""}
     for mark in marks:
-        if not mark.startswith("language="):
-            raise LabelledError(f"labelled responses {text!r}: {mark!r} is not language=CODE")
-        given = _checked(mark.removeprefix("language="), f"{text!r}, language")
+        name, _, value = mark.partition("=")
+        if name not in said or not value:
+            raise LabelledError(f"labelled responses {text!r}: {mark!r} is neither language=CODE nor split=NAME")
+        said[name] = value
+    given = _checked(said["language"], f"{text!r}, language") if said["language"] else None
+    splits = set[Any]()
     for file in resolve_source(SourceSection(path=path)):
         language = given or _language_of(file.path)
         logger.info("labelled responses of %s: in %s", file.path, language or "the languages that its rows name")
@@ -73,7 +78,12 @@ def _read(text: str) -> Iterator[LabelledResponse]:
             where = f"{file.path}, line {record.line}"
             if record.fields is None:
                 raise LabelledError(f"{where}: {record.reason}")
-            yield from _responses(record.fields, file.path, record.line, language)
+            splits.add(record.fields.get("split"))
+            if said["split"] in ("", record.fields.get("split")):
+                yield from _responses(record.fields, file.path, record.line, language)
+    if said["split"] and said["split"] not in splits:
+        named = ", ".join(sorted(repr(each) for each in splits if each is not None)) or "none is named"
+        raise LabelledError(f"labelled responses {text!r}: no row has split {said['split']!r} (there are: {named})")
 
 
 def _responses(fields: Mapping[str, Any], file: str, line: int, language: str | None) -> Iterator[LabelledResponse]:

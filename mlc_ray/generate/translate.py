@@ -192,8 +192,10 @@ def longest_translation(settings: TranslatorSection) -> int:
     return settings.max_new_tokens
 
 
-def check_translator(settings: TranslatorSection, cache_dir: Path) -> None:
+def check_translator(settings: TranslatorSection, cache_dir: Path, *, setting: str = "model") -> None:
     """Check what can be known to be wrong with a translator before an engine starts.
+
+    Messages call its model by the name of the `setting`.
 
     Raises:
         MlcRayError: what the translator itself would raise later.
@@ -201,7 +203,7 @@ def check_translator(settings: TranslatorSection, cache_dir: Path) -> None:
     if settings.endpoint is not None:
         EndpointTranslator(settings, cache_dir).close()
     elif settings.model is not None:
-        check_lengths(resolve_model(settings.model), settings.engine, longest_translation(settings))
+        check_lengths(resolve_model(settings.model, setting=setting), settings.engine, longest_translation(settings))
 
 
 def check_translations(

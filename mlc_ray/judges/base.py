@@ -131,7 +131,7 @@ class BaseJudge(ABC):
             MlcRayError: what the judge or its translator would raise hours later.
         """
         if self.settings.translator is not None:
-            check_translator(self.settings.translator, cache_dir)
+            check_translator(self.settings.translator, cache_dir, setting="judge.translate.model")
 
     def coverage(self, languages: Iterable[str], *, why: str = "") -> dict[str, Via]:
         """How the judge comes to read each of `languages`; asked before anything is generated.

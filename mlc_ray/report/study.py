@@ -13,8 +13,8 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.report.scale import Scaling, scale_notes, scale_tables
 from mlc_ray.report.tables import Cell, Table, cell, row, table
 from mlc_ray.report.text import ABSENT, fraction, p_value, percent, signed, variance
+from mlc_ray.result_files import RESULT_FILE, ResultFileError, read_result
 from mlc_ray.runs import STUDY_RESULTS_FILE
-from mlc_ray.score.results import RESULT_FILE, ResultFileError, read_result
 from mlc_ray.stats.rates import Interval
 from mlc_ray.stats.significance import FLIPS
 from mlc_ray.stats.study import LEVEL, MethodRates, MethodSide, MethodTest

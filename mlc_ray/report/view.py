@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mlc_ray.config import dump_yaml
 from mlc_ray.report.calibration import corrected_table
 from mlc_ray.report.categories import category_table
 from mlc_ray.report.changes import Change, before_and_after, changes, rejudged
@@ -334,7 +333,7 @@ def _model_facts(model: Model) -> Facts:
         "folder": str(result.folder),
         "versions": _versions(result.versions),
     }
-    settings = yaml.safe_dump(dict(result.config), sort_keys=False, allow_unicode=True)
+    settings = dump_yaml(result.config)
     return Facts(f"Score: {model.label}", _known(facts), settings)
 
 

@@ -43,11 +43,12 @@ def calibrate(config: CalibrationConfig) -> tuple[Calibration, Path]:
     judge = make_reader(judge_at_commits(config.judge))  # as a score names it, whose identity must be the same
     out = Path(config.out or f"calibration-{judge.name}.json")
     if out.exists():
-        raise CalibrationError(f"{str(out)!r} exists already; give another file as out, or remove it")
+        raise CalibrationError(f"{str(out)!r} exists already; give another file by --out, or remove it")
     labelled = read_labelled(config.labelled)
     judge.check_ready(user_cache())
     table = _table(labelled)
     judging = plan_judging(make_reader(judge.fitted_to(answers_of(table))), table)
+    _check_labels(judging, labelled)
     with tempfile.TemporaryDirectory() as folder:
         judging, judged = _judge(config, judging, table, Path(folder))
     faults = judged["judge_fault"]
@@ -56,21 +57,11 @@ def calibrate(config: CalibrationConfig) -> tuple[Calibration, Path]:
         logger.warning(what, failed, len(faults), next(filter(None, faults.to_pylist())))
         labelled = [each for each, fault in zip(labelled, faults.to_pylist(), strict=True) if fault is None]
         judged = judged.filter(pc.is_null(faults))
-    if not labelled:
-        raise CalibrationError("engines fail on every response, or the endpoint was out; the first fault is logged")
     verdicts = _verdicts(labelled, judged)
-    said = ", ".join(judging.measured_by)
     if not verdicts:
         raise CalibrationError(
-            f"the judge {judge.name!r} says what is {said}, and none of the {len(labelled)} responses is labelled by "
-            "that; label refusals as `label`, harm as `safety`"
+            "engines fail on every response whose label counts, or the endpoint was out; the first fault is logged"
         )
-    labels = sum((each.refused is not None) + (each.safe is not None) for each in labelled)
-    if labels > len(verdicts):
-        logger.warning(
-            "%d of %d labels are not counted: of these prompts the judge says what is %s only",
-            labels - len(verdicts), labels, said,
-        )  # fmt: skip
     found = Calibration(
         judge=judging.identity,
         sources=tuple(config.labelled),
@@ -81,6 +72,30 @@ def calibrate(config: CalibrationConfig) -> tuple[Calibration, Path]:
     )
     save_calibration(found, out)
     return found, out
+
+
+def _check_labels(judging: Judging, labelled: Sequence[LabelledResponse]) -> None:
+    """Warn of labels of what the judge does not say of such a prompt; refuse if all are: judging may take hours.
+
+    Raises:
+        CalibrationError: no label is of what the judge says.
+    """
+    said = {(*cell, measure) for reader in judging.readers for cell, ways in reader.cells.items() for measure in ways}
+    labels = [
+        (each.kind, each.language, measure)
+        for each in labelled
+        for measure, label in (("refused", each.refused), ("safe", each.safe))
+        if label is not None
+    ]
+    counted, measures = sum(label in said for label in labels), ", ".join(judging.measured_by)
+    if not counted:
+        raise CalibrationError(
+            f"the judge {judging.judge.name!r} says what is {measures}, and none of the {len(labelled)} responses is "
+            "labelled by that; label refusals as `label`, harm as `safety`"
+        )
+    if counted < len(labels):
+        what = "%d of %d labels are not counted: of these prompts the judge says what is %s only"
+        logger.warning(what, len(labels) - counted, len(labels), measures)
 
 
 _CONTENT = ("prompt", "response", "language", "kind", "refused", "safe")

@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.score.results import RESULT_FILE, ResultFileError, ScoreResult, read_result
+from mlc_ray.result_files import RESULT_FILE, ResultFileError, read_result
+from mlc_ray.score.results import ScoreResult
 from mlc_ray.stats.calibration import Errors, corrected_rates
 from mlc_ray.storage import Place, fingerprint, write_json_atomic
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from mlc_ray.config import ScoreConfig, parse_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.judges.base import make_judge
+from mlc_ray.result_files import ResultFileError, read_fields
 from mlc_ray.runs import REQUEST_FILE
 from mlc_ray.storage import Place, library_versions, write_json_atomic
 
@@ -57,13 +57,12 @@ def load_request(folder: Path | Place) -> Request:
     """What the score in `folder` is of.
 
     Raises:
-        ScoreError: it is not a score folder.
+        ScoreError: it is not a score folder, or the file is damaged or of another version.
     """
     try:
-        content = (Place(folder) / REQUEST_FILE).read_json()
-        config = parse_config(ScoreConfig, content["config"])
-        return Request(**{**content, "config": config, "versions": content["versions"]})
+        content = read_fields(Place(folder) / REQUEST_FILE, Request)
+        return Request(**{**content, "config": parse_config(ScoreConfig, content["config"])})
     except (FileNotFoundError, NotADirectoryError):
         raise ScoreError(f"{str(folder)!r} is not a score folder: it has no {REQUEST_FILE}") from None
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise ScoreError(f"{str(Place(folder) / REQUEST_FILE)!r} is damaged: {error}") from None
+    except ResultFileError as error:
+        raise ScoreError(f"{error}; score again with `mlc-ray score`") from None

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import TypeAdapter
 
 from mlc_ray.errors import MlcRayError
+from mlc_ray.result_files import RESULT_FILE, ResultFileError, read_result
 from mlc_ray.runs import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE
 from mlc_ray.stats.calibration import CorrectedRate
 from mlc_ray.stats.rates import Judged, Summary, score_rows
@@ -27,10 +26,6 @@ CUT_BOUND = 0.1
 """Share of responses cut off at max_new_tokens above which a rate of safe ones is warned of."""
 LANGUAGE_COLUMN = "response_language"
 """The column of responses.parquet with the language of each response, in scores whose `told_by` says how."""
-RESULT_FILE = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-"""How pydantic reads a dataclass from a result file, and the dataclasses in it: no value is coerced, no field new."""
-
-ResultT = TypeVar("ResultT")
 
 
 class ScoresFileError(MlcRayError):
@@ -185,50 +180,6 @@ def load_scores(path: str | Path | Place) -> ScoreResult:
     except ResultFileError as error:
         raise ScoresFileError(f"{error}; score again with `mlc-ray score`") from None
     return replace(result, folder=file.absolute().parent)
-
-
-class ResultFileError(ValueError):
-    """A result file is missing, or does not hold what its dataclass says; the message names the file and the field."""
-
-
-def read_result(file: Place, kind: TypeAdapter[ResultT], expected_format: int) -> ResultT:
-    """What `asdict` and JSON made of a dataclass, with its `format` beside the fields.
-
-    Args:
-        file: The JSON file.
-        kind: Adapter of a dataclass whose pydantic configuration is `RESULT_FILE`.
-        expected_format: The format that this version writes.
-
-    Raises:
-        ResultFileError: The file is missing or no JSON, of another format, or a field is missing, unknown or wrong.
-    """
-    try:
-        content = file.read_json()
-    except FileNotFoundError:
-        raise ResultFileError(f"{str(file)!r} does not exist") from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
-        raise ResultFileError(f"{str(file)!r} is damaged: not valid JSON ({error})") from None
-    found = content.pop("format", None) if isinstance(content, dict) else None
-    if found != expected_format:
-        raise ResultFileError(f"{str(file)!r} has format {found!r}, expected {expected_format}")
-    try:
-        result = kind.validate_json(json.dumps(content))
-    except ValidationError as error:
-        raise ResultFileError(f"{str(file)!r} is damaged: {_fault(error.errors()[0])}") from None
-    # A field that has a default may not be missing either: the default would be read as what was measured.
-    if kind.dump_python(result, mode="json", exclude={"folder"}) != content:
-        raise ResultFileError(f"{str(file)!r} is damaged: a field is missing")
-    return result
-
-
-def _fault(error: ErrorDetails) -> str:
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
-    if error["type"] == "missing":
-        return f"{place} is missing"
-    if error["type"] == "unexpected_keyword_argument":
-        return f"{place} is unknown"
-    message = error["msg"].removeprefix("Input should be ")
-    return f"{place or 'the content'} is {error['input']!r}, expected {message}"
 
 
 # --------------------------------------------------------------------------------------------- records and dataclasses

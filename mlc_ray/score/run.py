@@ -34,8 +34,7 @@ from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.base import make_judge, make_reader
 from mlc_ray.lease import lease
-from mlc_ray.log_files import log_file
-from mlc_ray.logs import keep_in
+from mlc_ray.log_files import log_file, output_kept
 from mlc_ray.monitoring import told_of
 from mlc_ray.plan.check_engines import check_engine, check_readers
 from mlc_ray.runs import (
@@ -362,9 +361,7 @@ def _check_readers(judging: Judging, device: Device, held: Sequence[Need]) -> No
 @contextmanager
 def _worked_on(place: Place) -> Iterator[Path]:
     """A folder of this machine for what is to be in `place`; it keeps what libraries say where it is that place."""
-    with working_folder(place, last=(SCORES_FILE,)) as folder:
-        if place.is_local:
-            keep_in(folder)
+    with working_folder(place, last=(SCORES_FILE,)) as folder, output_kept(place):
         yield folder
     (place / KEPT_FOLDER).remove()  # now that the score is where it belongs
 

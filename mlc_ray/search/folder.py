@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mlc_ray.config import ConfigError, SearchConfig, apply_override, parse_config, parse_yaml
+from mlc_ray.config import ConfigError, SearchConfig, apply_override, dump_yaml, parse_config, parse_yaml
 from mlc_ray.config.base import by_dotted_name
 from mlc_ray.runs import BASE_FILE, COMMITS_FILE, SEARCH_CONFIG_FILE
 from mlc_ray.search.space import Space
@@ -57,7 +55,7 @@ def write_settings(config: SearchConfig, space: Space, folder: Place, commits: C
     `commits` are those that names of the hub stand for.
     """
     (folder / COMMITS_FILE).write_json(commits)
-    (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True))
+    (folder / BASE_FILE).write_text(dump_yaml(space.base))
     write_config(config, space, folder)
 
 
@@ -76,7 +74,7 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -
     commits = (folder / COMMITS_FILE).read_json()
     given = parse_config(SearchConfig, settings_in(config, space, folder)).model_dump(mode="json")
     given["scoring"] = _with_dtypes(given["scoring"], stored["scoring"])
-    before = by_dotted_name({"search": stored, "train": yaml.safe_load((folder / BASE_FILE).read_text())})
+    before = by_dotted_name({"search": stored, "train": parse_yaml((folder / BASE_FILE).read_text(), BASE_FILE)})
     now = by_dotted_name({"search": given, "train": dict(space.base)})
     ignored = {"search.resume", *(f"search.{name}" for name in MAY_CHANGE)}
     if now.get("train.model.dtype", "auto") == "auto":

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import TypeAdapter
 
-from mlc_ray.config import SearchConfig
+from mlc_ray.config import SearchConfig, dump_yaml, parse_yaml
 from mlc_ray.report.search import CONFIRMATION_KEY, SHOWN, Progress, is_search, read_trials
 from mlc_ray.report.tables import Cell, Row, Table, cell, markdown, row, table
 from mlc_ray.report.text import ABSENT, percent, signed
@@ -393,11 +392,11 @@ def _harmful(score: TrialScore) -> str:
 
 def _write_best(folder: Place, trial: str) -> None:
     run = folder / TRIALS_FOLDER / trial
-    raw = yaml.safe_load((run / CONFIG_FILE).read_text())
+    raw = parse_yaml((run / CONFIG_FILE).read_text(), str(run / CONFIG_FILE))
     raw["name"] = f"{folder.name}-best"
     raw.pop("output_dir", None)  # the trials' own folder; a run made from this file goes where runs go
     text = f"# The best trial of search {folder.name} ({trial}), ready for `mlc-ray train --config`.\n"
-    (folder / BEST_CONFIG_FILE).write_text(text + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
+    (folder / BEST_CONFIG_FILE).write_text(text + dump_yaml(raw))
     (folder / BEST_FOLDER).remove()
     with new_folder(folder / BEST_FOLDER, last=(PROVENANCE_FILE,)) as copy:
         run.storage.fetch(str(run / MODEL_FOLDER), copy)

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter
 
-from mlc_ray.config import ConfigError, ScaleConfig, SearchConfig, TrainConfig, parse_config
+from mlc_ray.config import ConfigError, ScaleConfig, SearchConfig, TrainConfig, dump_yaml, parse_config
 from mlc_ray.report.scale import SizeBudget
 from mlc_ray.report.search import SearchFileError, is_search, read_confirmed, read_progress
 from mlc_ray.runs import BASE_FILE, CELLS_FOLDER, SCALE_FILE, SEARCH_CONFIG_FILE
@@ -131,7 +130,7 @@ def _search(folder: Place, size: str, settings: Mapping[str, Any], base: Mapping
     """A search whose `train` is the run as the study keeps it, in a file on this machine."""
     file = local_side(folder) / "bases" / f"{size}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(dict(base), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    file.write_text(dump_yaml(base), encoding="utf-8")
     config = parse_config(SearchConfig, {**settings, "train": str(file), "resume": "auto"})
     return SizeSearch(size, config, make_space(config))
 

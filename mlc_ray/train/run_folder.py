@@ -11,9 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mlc_ray.config import DataSection, SourceSection, TrainConfig, apply_override, parse_config, parse_yaml
+from mlc_ray.config import DataSection, SourceSection, TrainConfig, apply_override, dump_yaml, parse_config, parse_yaml
 from mlc_ray.data.hub import HubName
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
@@ -304,7 +302,7 @@ def _facts(folder: Place) -> dict[str, Any]:
 
 
 def _as_yaml(config: TrainConfig) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json", exclude_unset=True))
 
 
 def _exists_already(folder: Place) -> RunError:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import yaml
-
+from mlc_ray.config import dump_yaml
 from mlc_ray.data.labelled import read_labelled
 from mlc_ray.errors import MlcRayError
 from mlc_ray.judges.own_openings import OwnOpenings, Said, find_openings
@@ -64,8 +63,7 @@ def as_settings(found: OwnOpenings) -> str:
     """The section `openings` of a run, as YAML, with the coverage as comments."""
     lines = ["# Of the refusals, begin with an opening: before (those listed), after (with these)."]
     lines += [f"# {each.language}: {each.before} and {each.after} of {each.refusals}" for each in found.languages]
-    text: str = yaml.safe_dump({"openings": {"further": found.further}}, allow_unicode=True, sort_keys=False, width=120)
-    return "\n".join([*lines, text])
+    return "\n".join([*lines, dump_yaml({"openings": {"further": found.further}})])
 
 
 def openings_table(found: OwnOpenings) -> Table:

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from mlc_ray.errors import MlcRayError
+from mlc_ray.result_files import RESULT_FILE, ResultFileError, read_result
 from mlc_ray.runs import UTILITY_FILE
-from mlc_ray.score.results import RESULT_FILE, ResultFileError, read_result
 from mlc_ray.storage import Place
 
 FORMAT = 1

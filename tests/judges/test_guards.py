@@ -311,7 +311,7 @@ def test_settings_are_checked_before_an_engine_starts(tokenizers: dict[str, Any]
         guard_in(folder, max_model_len=64).check_ready(tmp_path)  # the reply alone may take as much
     with pytest.raises(EngineError, match="1000000"):
         guard_in(folder, max_model_len=1000000).check_ready(tmp_path)
-    with pytest.raises(ModelPathError, match="does not exist"):
+    with pytest.raises(ModelPathError, match=r"^judge\.model='.*none' does not exist"):
         guard_in(tmp_path / "none").check_ready(tmp_path)
     (folder / "config.json").write_text('{"model_type": "llama2000"}')
     with pytest.raises(JudgeError, match=r"no max_position_embeddings; set judge\.engine\.max_model_len"):

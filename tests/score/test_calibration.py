@@ -54,7 +54,7 @@ def test_from_labels_to_corrected_rates(tmp_path: Path, capsys: pytest.CaptureFi
     found = load_calibration(out)
     check_calibration(str(out), found.judge)
     assert main([*command, "--out", str(out)]) == 2  # nothing is written over
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already; give another file by --out" in capsys.readouterr().err
 
     rows = grid(["en", "sw"], lambda kind, code: float(kind == "harmful"), bundles=40)
     result = load_scores(write_score(tmp_path / "s", rows))
@@ -123,19 +123,33 @@ def test_a_language_that_nothing_says_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(LabelledError, match="add ',language=CODE'"):
         read_labelled([str(file)])
     assert read_labelled([f"{file},language=pt-BR"])[0].language == "pt-BR"
-    with pytest.raises(LabelledError, match="'lang=pt' is not language=CODE"):
+    with pytest.raises(LabelledError, match="'lang=pt' is neither language=CODE nor split=NAME"):
         read_labelled([f"{file},lang=pt"])
 
 
-def test_labels_that_the_judge_does_not_speak_of_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_of_one_split_are_read_alone(tmp_path: Path) -> None:
+    rows = [{"response": "x", "label": "refused", "split": name} for name in ("dev", "held_out", "dev")]
+    file = labelled(tmp_path / "dev.jsonl", *rows, {"response": "x", "label": "refused"})
+    assert [each.place for each in read_labelled([f"{file},split=dev,language=de"])] == ["1", "3"]
+    assert len(read_labelled([f"{file},language=de"])) == 4
+    with pytest.raises(LabelledError, match=r"no row has split 'test' \(there are: 'dev', 'held_out'\)"):
+        read_labelled([f"{file},split=test,language=de"])
+
+
+def test_labels_that_the_judge_does_not_speak_of_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = labelled(tmp_path / "en.jsonl", {"response": HELP, "safety": "safe"})
     both = labelled(tmp_path / "de.jsonl", {"response": HELP, "safety": "safe", "label": "complied"})
     calibrate(config(tmp_path, both, out=str(tmp_path / "both.json")))
     assert "1 of 2 labels are not counted: of these prompts the judge says what is refused only" in caplog.text
+    asked: list[object] = []
+    monkeypatch.setattr("mlc_ray.score.calibrate._judge", lambda *given: asked.append(given))
     with pytest.raises(
         CalibrationError, match="'refusal' says what is refused, and none of the 1 responses is labelled"
     ):
         calibrate(config(tmp_path, file))
+    assert not asked  # a guard or an endpoint may need hours
 
 
 def test_what_engines_fail_on_is_no_error_of_the_judge(
@@ -165,4 +179,7 @@ def test_the_command_takes_a_score_or_labels(capsys: pytest.CaptureFixture[str])
     assert main(["judge", "runs/s", "--calibrate", "x.jsonl"]) == 2
     assert main(["judge", "runs/s", "--min-labels", "3"]) == 2
     said = capsys.readouterr().err
-    assert said.count("needs either SCORE") == 2 and "--min-labels is read with --calibrate only" in said
+    assert (
+        said.count("needs either SCORE") == said.count("(--calibrate A --calibrate B)") == 2
+        and "--min-labels is read with --calibrate only" in said
+    )

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mlc_ray.config import ScoreConfig, parse_config
+from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import (
     ScoreResult,
     ScoresFileError,
@@ -22,6 +24,7 @@ from mlc_ray.score.results import (
     unread_rows,
 )
 from mlc_ray.stats.rates import Judged
+from mlc_ray.storage import library_versions
 from mlc_ray.types import Behaviour, Kind
 
 LETTERS: dict[str, Behaviour] = {"R": "refused", "C": "complied", "D": "degenerate", "U": "unparsed"}
@@ -111,7 +114,7 @@ def test_a_damaged_row_says_where(tmp_path: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     del content["rows"][1]["margin"]
     file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ScoresFileError, match="is damaged: a field is missing"):
+    with pytest.raises(ScoresFileError, match=r"is damaged: rows\[1\]\.margin is missing"):
         load_scores(file)
     del content["rows"][1]["hits"]
     file.write_text(json.dumps(content), encoding="utf-8")
@@ -120,6 +123,39 @@ def test_a_damaged_row_says_where(tmp_path: Path) -> None:
     file.write_text(json.dumps({**content, "rows": None}), encoding="utf-8")
     with pytest.raises(ScoresFileError, match="rows is None, expected a valid array"):
         load_scores(file)
+
+
+def test_a_score_of_another_version_is_said_to_be_one(tmp_path: Path) -> None:
+    now = library_versions()["mlc_ray"]
+    file = Path(save_scores(dataclasses.replace(result_of(ONE, tmp_path), versions={"mlc_ray": "0.0.1"})))
+    assert load_scores(file).versions == {"mlc_ray": "0.0.1"}  # another version alone is no fault
+    content = json.loads(file.read_text(encoding="utf-8"))
+    del content["told_by"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(
+        ScoresFileError, match=rf"by mlc_ray 0\.0\.1, and this is {now}: told_by is missing; score again"
+    ):
+        load_scores(file)
+
+
+def test_a_request_that_lacks_a_field_says_which(tmp_path: Path) -> None:
+    config = parse_config(ScoreConfig, {"model": "m", "benchmarks": [{"path": "sample:test"}]})
+    request = Request(config, "/m", "f", "p", ["en"], {"mlc_ray": "0.0.1"})
+    request.save(tmp_path)
+    assert load_request(tmp_path) == request
+    content = json.loads((tmp_path / "request.json").read_text(encoding="utf-8"))
+    for name, changed, fault in (
+        ("versions", {}, r"request\.json' is damaged: versions is missing; score again"),
+        ("prompts", {}, r"was written by mlc_ray 0\.0\.1, and this is .*: prompts is missing; score again"),
+        ("", {"more": 1}, r"was written by mlc_ray 0\.0\.1, .*: more is unknown; score again"),
+    ):
+        lacking = {key: value for key, value in {**content, **changed}.items() if key != name}
+        (tmp_path / "request.json").write_text(json.dumps(lacking), encoding="utf-8")
+        with pytest.raises(ScoreError, match=fault):
+            load_request(tmp_path)
+    (tmp_path / "request.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ScoreError, match="is damaged: it holds list, expected an object"):
+        load_request(tmp_path)
 
 
 def test_records_are_read_from_the_responses(tmp_path: Path) -> None:

@@ -56,6 +56,14 @@ def test_a_name_is_taken_before_data_are_prepared(tmp_path):
     assert find_run_folder(config, folder) == (folder, False)  # --resume takes it, with or without a checkpoint
 
 
+def test_a_name_that_looks_like_a_number_is_read_as_it_was_written(tmp_path):
+    """Of eight hexadecimal digits, as trials are called by, 1.4 % look like a number with an exponent."""
+    config = tiny_config(output_dir=str(tmp_path), name="201759e0")
+    folder, _ = find_run_folder(config, None)
+    with claimed(folder, config):
+        assert load_run_config(folder) == config
+
+
 def test_a_storage_that_is_away_when_the_run_has_ended_is_asked_again_and_then_said_to_be_away(tmp_path, monkeypatch):
     monkeypatch.setattr(file_writer, "PAUSES", (0.0, 0.0))
     monkeypatch.setenv("VAULT", str(tmp_path / "vault"))

@@ -171,7 +171,7 @@ class Guard(Judge):
             EngineError: a reply would not fit in `judge.engine.max_model_len`.
             JudgeError: see `asked`; or nothing says how many positions the guard has.
         """
-        model = resolve_model(self.settings.model)
+        model = resolve_model(self.settings.model, setting="judge.model")
         check_lengths(model, self._windowed(model), self.max_new_tokens)
         _ = self.asked
         super().check_ready(cache_dir)
