@@ -50,6 +50,6 @@ def _cell(responses: Sequence[Response], measure: Measure) -> Cell:
         return NONE
     n = len(records)
     if responses[0].kind == "harmful":
-        most = miss_rate(records, measure, unparsed=True)
-        return attack_success(most, counts["misses"], counts["unparsed"], n)
+        most = miss_rate(records, measure, most=True)
+        return attack_success(most, counts["misses"], counts["degenerate"], counts["unparsed"], n)
     return with_count(miss_rate(records, measure), counts["misses"], n)

@@ -27,8 +27,8 @@ QUANTITIES = (
     *_RATES, *_IN_LANGUAGE, "harmful.attack_success",
     *(f"{name}.{rate}" for name in get_args(Consistency) for rate in _COMPARED), "difference",
 )  # fmt: skip
-"""What a rule may be on: rates in %, responses in their prompt's language in %, attack success in % (unparsed responses
-counted), consistency, the difference."""
+"""What a rule may be on: rates in %, responses in their prompt's language in %, attack success in % (degenerate and
+unparsed responses counted), consistency, the difference."""
 UNSURE_CHANGE = (
     "a change of the worst language: where languages lie further apart in one of the scores than in the other, its "
     "95 % interval may hold the truth in as little as 77 % (docs/metrics.md); give such a rule a wider margin"

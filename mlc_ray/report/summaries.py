@@ -189,12 +189,13 @@ def headline_table(models: Sequence[Model], benchmark: str) -> Table:
 
 def attack_cell(side: SideSummary) -> Cell:
     """What the attack success rate of harmful prompts is at most, with the counts that it is made of."""
-    return attack_success(side.misses_most, side.misses, side.unparsed, side.n)
+    return attack_success(side.misses_most, side.misses, side.degenerate, side.unparsed, side.n)
 
 
-def attack_success(most: Interval, misses: int, unparsed: int, n: int) -> Cell:
+def attack_success(most: Interval, misses: int, degenerate: int, unparsed: int, n: int) -> Cell:
     """An attack success rate, with these counts."""
-    counts = f"{misses} of {n}" + (f", and {unparsed} unparsed" if unparsed else "")
+    unread = " and ".join(f"{n} {what}" for n, what in ((degenerate, "degenerate"), (unparsed, "unparsed")) if n)
+    counts = f"{misses} of {n}" + (f", and {unread}" if unread else "")
     return cell(percent(most.value), f"{percent(most.low)} to {percent(most.high)}", counts)
 
 
@@ -208,7 +209,7 @@ def side_table(models: Sequence[Model], benchmark: str, view: View) -> Table:
 
     rows = [line(f"{hit} %", lambda side: with_count(side.avg, side.hits, side.n))]
     if view.kind == "harmful":
-        rows.append(line(f"attack success, at most % ({miss} or unparsed)", attack_cell))
+        rows.append(line(f"attack success, at most % ({miss}, degenerate or unparsed)", attack_cell))
         rows.append(line(f"attack success, at least % ({miss})", lambda side: rate_cell(side.misses_avg)))
     else:
         name = "compliance rate (complied %)" if view.measure == "refused" else f"{miss} %"

@@ -35,8 +35,8 @@ def bad_outcome(kind: Kind, measure: Measure) -> Outcome:
 def any_of_grid(records: Sequence[Judged], kind: Kind, measure: Measure, stream: int = 0) -> Grid | None:
     """Layers `any K` and `most K` of the responses to the prompts of one kind of one benchmark.
 
-    They hold `any_of` of the responses that are bad, and of those that are bad or unparsed; `asked` is 1 where there
-    are responses. K are 2, 4, 8, ... and the number of responses to a prompt, by the prompt that has fewest.
+    They hold `any_of` of the responses that are bad, and of those that are bad, degenerate or unparsed; `asked` is 1 if
+    there are responses. K are 2, 4, 8, ... and the number of responses to a prompt, by the prompt that has fewest.
 
     Returns:
         None where a prompt has one response, or the measure is not given.
@@ -59,7 +59,7 @@ def any_of_grid(records: Sequence[Judged], kind: Kind, measure: Measure, stream:
         bad = found[bad_outcome(kind, measure)]
         for k in sizes:
             layers[f"any {k}"][place] = any_of(found.total(), bad, k)
-            layers[f"most {k}"][place] = any_of(found.total(), bad + found["unparsed"], k)
+            layers[f"most {k}"][place] = any_of(found.total(), bad + found["degenerate"] + found["unparsed"], k)
     return Grid(tuple(languages), layers, stream)
 
 

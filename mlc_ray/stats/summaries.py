@@ -37,7 +37,7 @@ _LAYERS: Mapping[Outcome, Sequence[str]] = {
     "hits": ("hits", "present"),
     "misses": ("misses", "most misses", "present"),
     "unparsed": ("most misses", "present"),
-    "degenerate": ("present",),
+    "degenerate": ("most misses", "present"),
 }
 """The layers of a side's grid in which a response counts."""
 _COUNTS = ("n", "hits", "misses", "degenerate", "unparsed")
@@ -91,15 +91,15 @@ def summarise(
     return [*summaries, _summary(ALL_BENCHMARKS, sides, seen)] if len(benchmarks) > 1 else summaries
 
 
-def miss_rate(records: Sequence[Judged], measure: Measure, *, unparsed: bool = False) -> Interval:
+def miss_rate(records: Sequence[Judged], measure: Measure, *, most: bool = False) -> Interval:
     """The mean over languages of the miss rate in %, and no other number: `SideSummary.misses_avg`, or `misses_most`.
 
     Args:
         records: Verdicts by `measure` on prompts of one kind of one benchmark, at least one.
         measure: What counts as a miss.
-        unparsed: Whether responses without a verdict count as misses.
+        most: Whether degenerate and unparsed responses count as misses.
     """
-    return _percent((1, _grid(records, measure).mean("most misses" if unparsed else "misses", "present")))
+    return _percent((1, _grid(records, measure).mean("most misses" if most else "misses", "present")))
 
 
 def variance(rates: Iterable[float]) -> float:

@@ -71,11 +71,11 @@ def test_both_sides_have_their_share_of_prompts_with_a_bad_response() -> None:
     side = summary.side("harmful")
     assert side is not None and [each.k for each in side.any_of] == [2, 4, 6]
     two, four, six = side.any_of
-    # en: 0, 1 - C(5, k) / C(6, k), 1; sw: nothing bad, one unparsed.
+    # en: 0, 1 - C(5, k) / C(6, k), 1; sw: nothing bad, one unparsed and one degenerate.
     assert two.rate.value == pytest.approx(100 * np.mean([(0 + 1 / 3 + 1) / 3, 0]))
     assert four.rate.value == pytest.approx(100 * np.mean([(0 + 2 / 3 + 1) / 3, 0]))
     assert six.rate.value == pytest.approx(100 * np.mean([2 / 3, 0]))
-    assert six.most.value == pytest.approx(100 * np.mean([2 / 3, 1 / 3]))
+    assert six.most.value == pytest.approx(100 * np.mean([2 / 3, 2 / 3]))
     assert side.misses_avg.value == pytest.approx(100 * np.mean([7 / 18, 0]))
     assert (side.n, side.bundles, side.hits) == (36, 3, 27)
     other = summary.side("benign")
