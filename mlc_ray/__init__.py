@@ -44,7 +44,7 @@ All of them use `config`, `types`, `errors`, `_registry` (components by name), `
 `checkpoints` (whether one is whole), `storage` (reading and writing safely), `lease` (one driver a folder), `cluster`,
 `nodes` (whether each sees what it needs), `capacity` (what a cluster can hold), `environment` (variables of workers),
 `secrets` (what is never written down), `device` (the native number type), `monitoring`, `progress`, `logs`,
-`json_logs` and `log_files`.
+`json_logs`, `log_files` and `result_files` (what another version wrote is told).
 `[tool.importlinter]` in pyproject.toml lists which package may import which; train and score meet only through a run's
 folder.
 

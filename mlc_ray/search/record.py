@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import ray.tune
-from ray import cloudpickle
-from ray.exceptions import RayTaskError
 
 from mlc_ray.monitoring import measure, told_of
 from mlc_ray.report.search import Progress, SearchFileError
@@ -32,7 +31,6 @@ from mlc_ray.search.trial import Shared, has_ended, read_trial, scored_trials, t
 from mlc_ray.search.tune import FINISHED, FOLDER, VALUES, EndEarly
 from mlc_ray.stats.rates import Interval
 from mlc_ray.storage import Place
-from mlc_ray.train.failures import said_of
 
 logger = logging.getLogger(__name__)
 
@@ -165,17 +163,16 @@ def confirmed_earlier(folder: Place) -> Confirmation | None:
         return None
 
 
+_RAISED = re.compile(r"^(?:mlc_ray\.(?:\w+\.)*[A-Z]\w*: |(?=(?:\w+\.)*[A-Z]\w*(?:Error|Exception): ))", re.MULTILINE)
+"""Where a traceback ends and says what was raised: what our own errors say, and others with their class."""
+
+
 def _said(trial: Any) -> str:
-    """What Tune's trial failed of. Tune has its error in a file on this machine, before its storage has it."""
-    if trial.error_file is None:
-        return "Tune says no reason"
-    if trial.pickled_error_file is not None:  # else Tune's own error, of which there is the text alone
-        try:
-            error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-            return said_of(error.cause if isinstance(error, RayTaskError) else error)
-        except Exception:  # a class that cannot be loaded here: the others go on
-            logger.debug("the error of trial %s cannot be read", trial.config[FOLDER], exc_info=True)
-    return Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
+    """What Tune's trial failed of, by the text that Tune writes on this machine before it calls back."""
+    text = "" if trial.error_file is None else Path(trial.error_file).read_text(encoding="utf-8")
+    text = text.rpartition("Failure # ")[2].partition("\n")[2].strip()
+    raised = [*_RAISED.finditer(text)]
+    return (text[raised[-1].end() :] if raised else text) or "Tune says no reason"
 
 
 def _rate(rate: Interval) -> str:

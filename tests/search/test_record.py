@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 from pathlib import Path
 
 import pytest
 import ray.tune
+from ray.exceptions import RayTaskError
 from ray.train._internal.storage import StorageContext
 from ray.tune.experiment import Trial
 
@@ -16,9 +18,19 @@ from mlc_ray.search.trial import run_trial
 from mlc_ray.search.tune import FOLDER, VALUES, EndEarly
 from mlc_ray.storage import StorageError
 from mlc_ray.train.divergence import DivergedError, record_divergence
-from tests.train.test_failures import of_a_task
 
 from .test_trial import Scorer, shared_of, trained
+
+
+def raised(cause: Exception) -> RayTaskError:
+    """What Ray raises of a task that raised `cause`, as after a cause of its own."""
+    try:
+        try:
+            raise KeyError("first")
+        except KeyError as first:
+            raise cause from first
+    except Exception as error:
+        return RayTaskError("task", traceback.format_exc(), error, "proc", 1, "127.0.0.1")
 
 
 def failed(folder: Path, name: str, error: Exception) -> Trial:
@@ -42,19 +54,18 @@ def test_a_trial_that_fails_is_named_with_its_reason(
     for name in ("a", "b", "c"):
         (shared.trial_folder(name) / "values.json").write_json({"mlc.weight": 0.5})
     record_divergence(shared.trial_folder("b"), DivergedError("step 7: not finite", step=7))
-    reason = of_a_task(StorageError("'/shared/x' cannot be read\nmore of it"))
+    reason = raised(StorageError("'/shared/x' cannot be read\nmore of it"))
     with caplog.at_level(logging.WARNING):
         recorder.on_trial_error(1, [], failed(tmp_path, "a", reason))
-        recorder.on_trial_error(2, [], failed(tmp_path, "b", of_a_task(DivergedError("step 7: not finite", step=7))))
+        recorder.on_trial_error(2, [], failed(tmp_path, "b", raised(DivergedError("step 7: not finite", step=7))))
         recorder.on_trial_error(3, [], failed(tmp_path, "c", OSError("disk full")))
     assert "trial a  mlc.weight=0.5  failed: '/shared/x' cannot be read" in caplog.messages
     expected = ["a: '/shared/x' cannot be read", "b: step 7: not finite", "c: disk full"]
     assert json.loads((tmp_path / "trials.json").read_text())["failed"] == expected
     assert "a trial failed: a: '/shared/x' cannot be read" in (tmp_path / "search.md").read_text()
-    damaged = failed(tmp_path, "d", reason)
-    Path(damaged.pickled_error_file).write_bytes(b"of a class that is not here")
-    recorder.on_trial_error(4, [], damaged)
-    assert [each.partition(":")[0] for each in recorder.failed] == ["a", "b", "c", "d"]
+    recorder.on_trial_error(4, [], failed(tmp_path, "d", raised(ValueError("no such layer"))))
+    recorder.on_trial_error(5, [], failed(tmp_path, "e", OSError()))
+    assert recorder.failed[-2:] == ["d: ValueError: no such layer", "e: Tune says no reason"]
     kept = {name: shared.trial_folder(name) / "failed.json" for name in ("a", "b", "c")}
     assert kept["a"].read_json() == {"message": "'/shared/x' cannot be read\nmore of it"}
     assert kept["c"].is_file() and not kept["b"].is_file()  # which its own file says
