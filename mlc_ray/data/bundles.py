@@ -110,6 +110,11 @@ def _without_chosen(bundle: Bundle) -> str:
     )
 
 
+def pair_number(bundle: Bundle) -> int:
+    """A number below 2^64, by a hash of a bundle's `pair` or else its content: twins have the same."""
+    return int(fingerprint(bundle.pair or bundle.bundle_id), 16)
+
+
 def bundle_id_of(bundle: Bundle) -> str:
     """16 hex digits naming the content. `LABELS` are no content: they do not count."""
     names = ("kind", "prompts", "chosen", "rejected", "response_language")

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from mlc_ray._registry import names, resolve
 from mlc_ray.config import SourceSection
-from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, select_languages
+from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, pair_number, select_languages
 from mlc_ray.data.contents import BLOCK_BYTES, Content, contents_of, files_of, fingerprint_of
 from mlc_ray.data.formats import columnar, containers
 from mlc_ray.data.formats.base import Format, Row
@@ -57,7 +57,7 @@ class SourceFile:
         """Whether a bundle is of those that `only` and `share` ask for."""
         if self.only not in (None, bundle.kind):
             return False
-        return self.share == 1 or int(fingerprint(bundle.pair or bundle.bundle_id), 16) < self.share * 2**64
+        return self.share == 1 or pair_number(bundle) < self.share * 2**64
 
     def files(self) -> list[Place]:
         """All files that belong to it; a hub dataset has none."""

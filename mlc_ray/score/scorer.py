@@ -238,8 +238,9 @@ def write_warm_score(scored: WarmScore, request: Request, folder: Place) -> Scor
         write_responses(scored.judged, here)
         result = write_score(request, judging, scored.judged, here, seconds=dict(scored.seconds))
     kept = folder / KEPT_FOLDER
-    passes = [each for each in kept.iterdir() if each.name.startswith(_PASS)]
-    for each in passes if len(passes) < len(kept.iterdir()) else [kept]:  # a measurement of utility keeps its own
+    there = kept.iterdir()
+    passes = [each for each in there if each.name.startswith(_PASS)]
+    for each in passes if len(passes) < len(there) else [kept]:  # a measurement of utility keeps its own
         each.remove()
     if result.judge_faults:
         what = "%d of %d responses have no verdict: engines of a judge or translator fail on it, or an endpoint was out"

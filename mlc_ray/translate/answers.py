@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from mlc_ray.config import ChatSection
 from mlc_ray.config.translate import OnPolicySection
+from mlc_ray.data.bundles import pair_number
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.blocks import joined
 from mlc_ray.generate.engine import Device
@@ -26,7 +27,7 @@ from mlc_ray.judges.base import make_reader
 from mlc_ray.judges.understanding import merely_not_understood
 from mlc_ray.runs import REPLIES_FILE
 from mlc_ray.score.plan import counted, plan_judging, reading
-from mlc_ray.storage import Place, fingerprint
+from mlc_ray.storage import Place
 from mlc_ray.translate.asking import NOT_ASKED, Work, cap_reached
 from mlc_ray.translate.checks import Pair, Tools, template
 from mlc_ray.translate.drafts import Draft, Outcome, Own, Reply, Shard
@@ -190,7 +191,7 @@ def answered_in(settings: OnPolicySection, bundle: Bundle, languages: Iterable[s
         return {"en"}
     if settings.languages == "all":
         return {"en", *others}
-    return {"en", others[int(fingerprint(bundle.pair or bundle.bundle_id), 16) % len(others)]}
+    return {"en", others[pair_number(bundle) % len(others)]}
 
 
 def _declines(draft: Draft, code: str, settings: OnPolicySection) -> bool:
