@@ -151,7 +151,7 @@ class TranslateConfig(LoggedSection):
         [], description="Languages to translate into; prompts that a bundle has in them already are kept."
     )
     translator: TranslatorSection | None = Field(None, description="Who translates, and writes twins.")
-    translate_answers: bool = Field(False, description="Translate chosen and rejected answers too.")
+    translate_answers: bool = Field(False, description="Translate the given answers, too; not with `answers`.")
     checks: ChecksSection = ChecksSection()
     twins: TwinsSection | None = Field(None, description="Write twins of prompts, and translate these too.")
     answers: OnPolicySection | None = Field(None, description="Let a model answer the prompts itself.")
@@ -177,6 +177,14 @@ class TranslateConfig(LoggedSection):
             raise ValueError("translator is read with languages or twins only; set one of them, or remove it")
         if self.translate_answers and not self.languages:
             raise ValueError("translate_answers=true is read with languages only; set them, or remove it")
+        if self.translate_answers and self.answers is not None:
+            raise ValueError(
+                "translate_answers=true translates the given answers, which are not those that answers lets the model "
+                "give; make own answers first, by this command with --set translate_answers=false --set "
+                f"answers.languages=english, then translate them: mlc-ray translate --bundles {self.output_dir}/"
+                f"{self.name}/bundles --languages {','.join(self.languages)} --translator MODEL --out FOLDER --set "
+                "translate_answers=true"
+            )
         if "min_languages" in self.model_fields_set and self.min_languages > len(self.languages):
             raise ValueError(
                 f"min_languages={self.min_languages} is more than the {len(self.languages)} of languages; lower it"

@@ -36,6 +36,7 @@ from mlc_ray.translate.assemble import NO_OWN, Assembly
 from mlc_ray.translate.checks import Tools
 from mlc_ray.translate.drafts import Draft, Own, Shard, Text, remade
 from mlc_ray.translate.quality import Counts
+from mlc_ray.translate.texts import texts_of
 from mlc_ray.types import AnswerPair, Bundle
 from tests.generate.chat_server import Step, serving
 from tests.score.local_pool import LocalPool
@@ -257,6 +258,24 @@ def test_own_answers_take_the_place_of_given_ones(tools: Tools) -> None:
     assert f'"chosen": "{NO["en"]}", "rejected": "Sure, wash it."' in line
 
 
+def test_own_answers_are_translated_by_a_second_run(tools: Tools) -> None:
+    """It translates what the first one wrote, which are the model's own answers and not the given ones."""
+    given = bundle(prompts={"en": RICE["en"]}, chosen="Wash it.", rejected="No.")
+    own = Own("en", GOOD["en"], "kept", refusal=NO["en"])
+    [first], _ = assembled(Draft(given, own=[own]), tools, languages="english")
+    draft = Draft(remade(make_bundle(json.loads(first))))
+    draft.texts = texts_of(draft, ["es"], answers=True)
+    spanish = {texts["en"]: texts["es"] for texts in (RICE, GOOD, NO)}
+    for text in draft.texts:
+        text.text = spanish[text.source]
+    raw = {"name": "n", "sources": [{"path": "b"}], "languages": ["es"], "translator": {"model": "m"}}
+    config = parse_config(TranslateConfig, {**raw, "translate_answers": True})
+    [second] = Assembly(config, tools, Counts("n")).shard(Shard([draft])).bundles
+    row = json.loads(second)
+    assert (row["chosen"], row["rejected"], row["pair"]) == (GOOD["en"], NO["en"], json.loads(first)["pair"])
+    assert row["answers"] == {"es": {"chosen": GOOD["es"], "rejected": NO["es"]}}
+
+
 def test_all_that_a_model_said_is_kept_as_labelled_responses(tmp_path: Path, tools: Tools) -> None:
     """Its refusals and its help, used or not, and no refusal of the settings: `mlc-ray openings` reads them."""
 
@@ -373,14 +392,6 @@ def test_what_passes_and_is_not_in_a_written_bundle_says_why(tools: Tools) -> No
         ("own answer", {"refused"}),
         ("own answer", {"bundle rejected"}),
     ]
-
-    texts = [Text("es", "prompt", "How?", RICE["es"]), Text("es", "chosen", "So.", "Así.")]
-    own = [Own(code, GOOD[code], "kept", refusal=NO[code]) for code in RICE]
-    given = bundle(prompts={"en": RICE["en"]}, chosen="So.")
-    [line], [row] = assembled(Draft(given, texts=texts, own=own), tools, otherwise="given")
-    assert json.loads(line)["answers"]["es"]["chosen"] == GOOD["es"] and set(json.loads(row)["checks"]) == {
-        "own answers"
-    }
 
 
 def test_a_harmful_bundle_needs_a_rejected_answer_unless_pairs_is_false(tools: Tools) -> None:

@@ -246,6 +246,15 @@ def test_bundles_that_cannot_be_translated_are_refused(ray_local: Any, tmp_path:
         ({"twins": {}}, "twins needs a translator"),
         ({"translator": {"model": "m"}, "answers": {"model": "m"}}, "translator is read with languages or twins"),
         ({"translate_answers": True, "answers": {"model": "m"}}, "translate_answers=true is read with languages"),
+        (
+            {
+                "languages": ["es"],
+                "translator": {"model": "m"},
+                "translate_answers": True,
+                "answers": {"model": "m", "otherwise": "given"},
+            },
+            "own answers first.*translate_answers=false.*--bundles runs/translations/n/bundles --languages es",
+        ),
         ({"languages": ["en"], "translator": {"model": "m"}}, "languages has 'en'"),
         ({"languages": ["es", "es"], "translator": {"model": "m"}}, "'es' more than once"),
         ({"languages": ["es"], "translator": {"model": "m"}, "min_languages": 2}, "min_languages=2"),
