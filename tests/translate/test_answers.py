@@ -35,7 +35,7 @@ from mlc_ray.translate.asking import CostCapError, Work
 from mlc_ray.translate.assemble import NO_OWN, Assembly
 from mlc_ray.translate.checks import Tools
 from mlc_ray.translate.drafts import Draft, Own, Shard, Text, remade
-from mlc_ray.translate.quality import Counts
+from mlc_ray.translate.quality import Counts, as_markdown
 from mlc_ray.translate.texts import texts_of
 from mlc_ray.types import AnswerPair, Bundle
 from tests.generate.chat_server import Step, serving
@@ -180,6 +180,13 @@ def test_an_answer_that_is_cut_off_ends_at_its_last_sentence_or_is_not_used(tmp_
         ("Wash the rice. Then boil it.", "Wash the rice. Then boil it."),
         ("First wash the rice. It costs $3.", "First wash the rice."),
         ("It was built in the year 1990. Then", "It was built in the year 1990."),
+        ("Lavez bien le riz. Ensuite 2. Faites-le", "Lavez bien le riz."),
+        ("Run this program first.\n```\nprint('Hi.')\n# It says hi. Then", "Run this program first."),
+        ("Run this first:\n```\nprint()\n```\nIt says hi. Then", "Run this first:\n```\nprint()\n```\nIt says hi."),
+        ("መጀመሪያ ሩዙን በደንብ እጠበው። ከዚያ", "መጀመሪያ ሩዙን በደንብ እጠበው።"),
+        ("ဆန်ကို အရင် သေချာ ဆေးပါ။ ပြီးရင်", "ဆန်ကို အရင် သေချာ ဆေးပါ။"),
+        ("ដំបូងលាងអង្ករឱ្យស្អាត។ បន្ទាប់មក", "ដំបូងលាងអង្ករឱ្យស្អាត។"),
+        ("पहले चावल अच्छी तरह धो लें। फिर", "पहले चावल अच्छी तरह धो लें।"),
     ],
 )
 def test_only_a_sentences_end_ends_an_answer(text: str, kept: str) -> None:
@@ -447,3 +454,10 @@ def test_the_report_counts_what_a_harmful_prompt_was_plainly_answered_and_how_ma
     counts.own(Own("en", "", "no refusal", refusal=None, plain="kept"), "harmful")
     [own] = counts.result().own
     assert (own.kept, own.other_language, own.refused, own.distinct_refusals) == (3, 3, 0, 2)
+
+
+@pytest.mark.parametrize(("code", "told"), [("zh-Hant", True), ("es-MX", True), ("ku-Arab", False), ("es", False)])
+def test_the_report_says_that_a_variant_is_not_checked(code: str, told: bool) -> None:
+    counts = Counts("n")
+    counts.text(code, "prompt", {}, 50.0, identified=True)
+    assert ("variant not checked" in as_markdown(counts.result())) == told
