@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -25,9 +26,15 @@ from mlc_ray.config.logs import LoggedSection
 from mlc_ray.config.paths import StoredPath
 from mlc_ray.config.placement import ENV, VariableNames
 from mlc_ray.config.score import EngineSection, JudgeSettings, TranslatorSection
+from mlc_ray.types import primary_language
 
 Kind = Literal["harmful", "benign"]
 _REFUSAL: Any = {}  # validated like any other value: the settings of the judge that is the default
+
+
+def _refuse_repeated(field: str, values: Sequence[str]) -> None:
+    if repeated := sorted({value for value in values if values.count(value) > 1}):
+        raise ValueError(f"{field} has {', '.join(map(repr, repeated))} more than once; name each once")
 
 
 class ChecksSection(Section):
@@ -71,6 +78,11 @@ class TwinsSection(Section):
         None, description="Who says whether a twin is harmful or benign (default: the translator itself)."
     )
 
+    @model_validator(mode="after")
+    def _each_kind_once(self) -> TwinsSection:
+        _refuse_repeated("twins.of", self.of)
+        return self
+
 
 class OnPolicySection(Section):
     """Answers of a model itself: benign prompts answered and the answer chosen, harmful ones declined."""
@@ -109,8 +121,13 @@ class OnPolicySection(Section):
 
     @model_validator(mode="after")
     def _refusals_are_read(self) -> OnPolicySection:
+        _refuse_repeated("answers.kinds", self.kinds)
         if not self.refusals:
             return self
+        if blank := [code for code, text in self.refusals.items() if not text.strip()]:
+            raise ValueError(
+                f"answers.refusals.{blank[0]}={self.refusals[blank[0]]!r} is blank; write a refusal, or leave it out"
+            )
         if not any(map(self.needs_refusal, self.kinds)):
             raise ValueError(
                 "answers.refusals is read for rejected answers and harmful prompts, and answers.pairs=false with "
@@ -151,7 +168,7 @@ class TranslateConfig(LoggedSection):
         [], description="Languages to translate into; prompts that a bundle has in them already are kept."
     )
     translator: TranslatorSection | None = Field(None, description="Who translates, and writes twins.")
-    translate_answers: bool = Field(False, description="Translate chosen and rejected answers too.")
+    translate_answers: bool = Field(False, description="Translate the given answers, too; not with `answers`.")
     checks: ChecksSection = ChecksSection()
     twins: TwinsSection | None = Field(None, description="Write twins of prompts, and translate these too.")
     answers: OnPolicySection | None = Field(None, description="Let a model answer the prompts itself.")
@@ -177,6 +194,14 @@ class TranslateConfig(LoggedSection):
             raise ValueError("translator is read with languages or twins only; set one of them, or remove it")
         if self.translate_answers and not self.languages:
             raise ValueError("translate_answers=true is read with languages only; set them, or remove it")
+        if self.translate_answers and self.answers is not None:
+            raise ValueError(
+                "translate_answers=true translates the given answers, which are not those that answers lets the model "
+                "give; make own answers first, by this command with --set translate_answers=false --set "
+                f"answers.languages=english, then translate them: mlc-ray translate --bundles {self.output_dir}/"
+                f"{self.name}/bundles --languages {','.join(self.languages)} --translator MODEL --out FOLDER --set "
+                "translate_answers=true"
+            )
         if "min_languages" in self.model_fields_set and self.min_languages > len(self.languages):
             raise ValueError(
                 f"min_languages={self.min_languages} is more than the {len(self.languages)} of languages; lower it"
@@ -196,8 +221,7 @@ class TranslateConfig(LoggedSection):
 
     @model_validator(mode="after")
     def _other_languages(self) -> TranslateConfig:
-        if "en" in self.languages:
-            raise ValueError("languages has 'en', which is what is translated from; leave it out")
-        if repeated := sorted({code for code in self.languages if self.languages.count(code) > 1}):
-            raise ValueError(f"languages has {', '.join(map(repr, repeated))} more than once")
+        if english := [code for code in self.languages if primary_language(code) == "en"]:
+            raise ValueError(f"languages has {english[0]!r}, which is what is translated from; leave it out")
+        _refuse_repeated("languages", self.languages)
         return self

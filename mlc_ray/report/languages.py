@@ -16,7 +16,13 @@ af Afrikaans|am Amharic|ar Arabic|arz Egyptian Arabic|as Assamese|az Azerbaijani
 |sk Slovak|sl Slovenian|sn Shona|so Somali|sq Albanian|sr Serbian|st Southern Sotho|su Sundanese|sv Swedish|sw Swahili
 |ta Tamil|te Telugu|tg Tajik|th Thai|ti Tigrinya|tk Turkmen|tl Tagalog|tn Tswana|tr Turkish|ts Tsonga|tt Tatar
 |ug Uyghur|uk Ukrainian|ur Urdu|uz Uzbek|vi Vietnamese|wo Wolof|xh Xhosa|yi Yiddish|yo Yoruba|yue Cantonese|zh Chinese
-|zu Zulu
+|zu Zulu|aa Afar|ab Abkhazian|ak Akan|an Aragonese|ary Moroccan Arabic|av Avaric|ay Aymara|ba Bashkir|bho Bhojpuri
+|bi Bislama|bm Bambara|ce Chechen|ch Chamorro|co Corsican|cr Cree|cv Chuvash|dv Dhivehi|dz Dzongkha|ee Ewe|ff Fulah
+|fj Fijian|fo Faroese|fy Western Frisian|gv Manx|ho Hiri Motu|hz Herero|ia Interlingua|ii Sichuan Yi|ik Inupiaq
+|ilo Iloko|io Ido|iu Inuktitut|kg Kongo|ki Kikuyu|kj Kuanyama|kl Kalaallisut|kr Kanuri|ks Kashmiri|kv Komi|kw Cornish
+|li Limburgish|lu Luba-Katanga|mai Maithili|mh Marshallese|na Nauru|nd North Ndebele|ng Ndonga|nr South Ndebele
+|nv Navajo|oc Occitan|oj Ojibwa|os Ossetian|pap Papiamento|pi Pali|rm Romansh|rn Rundi|sc Sardinian|se Northern Sami
+|sg Sango|sm Samoan|ss Swati|to Tonga|tw Twi|ty Tahitian|ve Venda|vo Volapük|wa Walloon|za Zhuang
 """
 NAMES = dict(item.strip().split(" ", 1) for item in _NAMES.split("|"))
 _SCRIPTS = {

@@ -45,15 +45,21 @@ def make_cells(config: StudyConfig) -> list[Cell]:
     model, each as after `--set`: `objective={loss: mpo}` replaces a section, `mlc.layer=42` sets a field of one.
 
     Raises:
-        ConfigError: A run would be invalid, an override sets what the study decides, or one of `train` does not hold
-            for any method; the message names the cell.
+        ConfigError: A run would be invalid, an override sets what the study decides, one of `train` does not hold
+            for any method, or two methods are the same; the message names the cell or the methods.
     """
-    return [
+    cells = [
         _cell(config, model, method, seed)
         for model in config.models
         for seed in config.seeds
         for method in config.methods
     ]
+    made: dict[str, str] = {}  # the first method that runs so on every model
+    for method in config.methods:
+        runs = [cell.config.model_dump(exclude={"name"}) for cell in cells if cell.method == method]
+        if (same := made.setdefault(repr(runs), method)) != method:
+            raise ConfigError(f"methods.{same} and methods.{method} have the same settings on every model; remove one")
+    return cells
 
 
 def _cell(config: StudyConfig, model: str, method: str, seed: int) -> Cell:

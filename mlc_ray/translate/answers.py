@@ -266,9 +266,10 @@ def _outcome(settings: OnPolicySection, code: str, said: Said, tools: Tools) -> 
     return "kept", "", text
 
 
-_SENTENCE_END = re.compile(r"(?:(?<![.!?؟।۔])[.!?؟।۔]+[\"'”’»)]*(?=\s|(?<!\d\.)$)|[。！？]+[」』”）]*)")
+_SENTENCE_END = re.compile(r"(?:(?<![.!?؟।۔])[.!?؟।۔]+[\"'”’»)]*(?=\s|(?<!\d\.)$)|[。！？።፧။។]+[」』”）]*)")
 _NO_END = re.compile(
-    r"(?:^\W*\d+|(?:^|[\s(])(?:[^\W\d]|(?:[^\W\d]\.)+[^\W\d]|Dr|Mr|Mrs|Ms|Prof|St|vs|Sr|Sra|bzw))\.$", re.MULTILINE
+    r"(?:^\W*\d+|(?:^|[\s(])(?:\d{1,2}|[^\W\d]|(?:[^\W\d]\.)+[^\W\d]|Dr|Mr|Mrs|Ms|Prof|St|vs|Sr|Sra|bzw))\.$",
+    re.MULTILINE,
 )
 """A list's number (`3.`), an initial or an abbreviation (`e.g.`, `Dr.`), whose full stop ends no sentence."""
 _SHORTEST = 20
@@ -276,8 +277,11 @@ _SHORTEST = 20
 
 def to_last_sentence(text: str) -> str | None:
     """A text up to the end of its last whole sentence; None where too little is left."""
-    ends = [found.end() for found in _SENTENCE_END.finditer(text) if not _NO_END.search(text[: found.end()])]
-    return text[: ends[-1]] if ends and ends[-1] >= _SHORTEST else None
+    for end in reversed([found.end() for found in _SENTENCE_END.finditer(text)]):
+        left = text[:end]
+        if not _NO_END.search(left) and left.count("```") % 2 == 0:  # else it would end within code
+            return left if end >= _SHORTEST else None
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------ rows, verdicts

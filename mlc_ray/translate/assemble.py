@@ -11,7 +11,7 @@ from mlc_ray.config import TranslateConfig
 from mlc_ray.config.translate import OnPolicySection
 from mlc_ray.data.bundles import FIELDS, BundleError, make_bundle
 from mlc_ray.data.labelled import LABELS
-from mlc_ray.translate.checks import BUNDLE_REJECTED, INCOMPLETE, NEAR_DUPLICATE, REPLACED, NearDuplicates, Tools
+from mlc_ray.translate.checks import BUNDLE_REJECTED, INCOMPLETE, NEAR_DUPLICATE, NearDuplicates, Tools
 from mlc_ray.translate.drafts import Draft, Own, Shard, equal, good, record, remade
 from mlc_ray.translate.quality import Counts
 from mlc_ray.types import AnswerPair, Bundle
@@ -149,13 +149,8 @@ def _mark_unused(draft: Draft, made: Bundle | dict[str, str]) -> None:
             own.outcome, own.reason = "no prompt", "its prompt is rejected"
     translated = draft.translated_answers()
     for text in passed:
-        if text.part == "prompt":
-            continue
-        pair = made.answers.get(text.language)
-        if text.language not in translated:
+        if text.part != "prompt" and text.language not in translated:
             text.faults[INCOMPLETE] = "its prompt or its counterpart is not used, or its counterpart is the same"
-        elif pair is None or text.text != vars(pair)[text.part]:
-            text.faults[REPLACED] = "the bundle has the model's own answers in its place"
 
 
 def _with_own(bundle: Bundle, own: Sequence[Own], settings: OnPolicySection) -> Bundle | dict[str, str]:

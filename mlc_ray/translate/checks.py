@@ -146,8 +146,8 @@ CHECKS: Mapping[str, Check] = {
 }
 NO_TRANSLATION, NO_BACK_TRANSLATION, NEAR_DUPLICATE = "no translation", "no back-translation", "near-duplicate"
 BUNDLE_REJECTED: Literal["bundle rejected"] = "bundle rejected"
-INCOMPLETE, REPLACED = "incomplete answers", "own answers"
-"""The further names under which a text is rejected; the last three are of texts that pass, and are not used."""
+INCOMPLETE = "incomplete answers"
+"""The further names under which a text is rejected; the last two are of texts that pass, and are not used."""
 
 
 def faults(pair: Pair, tools: Tools) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import check_lengths
 from mlc_ray.generate.translate import check_translator, translator_identity
 from mlc_ray.judges.base import make_reader
+from mlc_ray.report.languages import NAMES, language_name
 from mlc_ray.runs import TRANSLATION_FILE, chat_of, pinned_weights
 from mlc_ray.score.plan import judge_at_commits
 from mlc_ray.storage import Place, fingerprint_model, user_cache
@@ -63,13 +65,20 @@ def decide(config: TranslateConfig, before: Mapping[str, Any] | None) -> Decided
         before: what `read_request` found of the translation that goes on.
 
     Raises:
-        TranslationError: a package is missing.
+        TranslationError: a package is missing, or a language has no known name.
         MlcRayError: a model is not there, lengths do not fit, a key is missing, a judge may not be asked.
     """
     if missing := [name for name in ("datasketch", "lingua", "sacrebleu") if find_spec(name) is None]:
         raise TranslationError(
             f"translate needs packages that are not installed ({', '.join(missing)}): pip install 'mlc_ray[translate]'"
         )
+    for code in config.languages:
+        if not language_name(code):
+            near = get_close_matches(code, NAMES, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r} ({NAMES[near[0]]})?" if near else ""
+            raise TranslationError(
+                f"languages has {code!r}, a language without a known name, by which a translator is asked{hint}"
+            )
     known: dict[str, str] = {} if before is None else before["resolved"]
     resolved: dict[str, str] = {}
 

@@ -34,12 +34,11 @@ class Plan:
     bundles: int
     shards: int
     asked: tuple[Asked, ...]
-    too_long: str = ""
+    warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The plan in words."""
-        lines = [f"{self.bundles} bundles in {self.shards} shards", *map(str, self.asked)]
-        return [*lines, self.too_long] if self.too_long else lines
+        return [f"{self.bundles} bundles in {self.shards} shards", *map(str, self.asked), *self.warnings]
 
 
 def plan_of(config: TranslateConfig, drafts: Sequence[Draft]) -> Plan:
@@ -56,7 +55,20 @@ def plan_of(config: TranslateConfig, drafts: Sequence[Draft]) -> Plan:
     if config.answers is not None:
         found += _answers(config, config.answers, drafts)
     shards = -(-len(drafts) // config.shard_bundles)
-    return Plan(len(drafts), shards, tuple(each for each in found if each.requests), _too_long(config, drafts))
+    warnings = tuple(text for text in (_english_twins(config, drafts), _too_long(config, drafts)) if text)
+    return Plan(len(drafts), shards, tuple(each for each in found if each.requests), warnings)
+
+
+def _english_twins(config: TranslateConfig, drafts: Sequence[Draft]) -> str:
+    """What is to be said of bundles with prompts in languages that their twins will not have."""
+    of = [] if config.twins is None else config.twins.of
+    lacked = {code for draft in drafts if draft.bundle.kind in of for code in draft.bundle.prompts}
+    if not (lacked := lacked - {"en", *config.languages}):
+        return ""
+    return (
+        f"bundles have prompts in {', '.join(sorted(lacked))} and their twins will have none, so that a model may tell "
+        "the kinds by their languages: add these to languages, or translate what is written by a second command"
+    )
 
 
 def _too_long(config: TranslateConfig, drafts: Sequence[Draft]) -> str:

@@ -19,6 +19,8 @@ from mlc_ray.storage import Place
 from mlc_ray.translate.drafts import Own
 
 FORMAT = 1
+_TOLD_APART = {"Arab", "Cyrl", "Deva", "Hebr", "Latn"}
+"""What may follow a language in its tag and is checked, by the script: no region, nor what Chinese is written in."""
 
 
 class QualityFileError(MlcRayError, ValueError):
@@ -200,7 +202,7 @@ def tables(quality: Quality) -> list[Table]:
                     str(each.accepted),
                     _share(each.accepted, each.asked),
                     ABSENT if each.chrf_median is None else percent(each.chrf_median),
-                    _reasons(each.rejected) + ("" if each.identified else "; language not checked"),
+                    _reasons(each.rejected) + _unchecked(each),
                 ],
             )
             for each in quality.texts
@@ -277,6 +279,12 @@ def as_markdown(quality: Quality) -> str:
 def _language(code: str) -> str:
     name = language_name(code)
     return f"{name} ({code})" if name else code
+
+
+def _unchecked(texts: TextQuality) -> str:
+    if not texts.identified:
+        return "; language not checked"
+    return "; variant not checked" if {*texts.language.split("-")[1:]} - _TOLD_APART else ""
 
 
 def _share(part: int, whole: int) -> str:

@@ -154,8 +154,9 @@ def _translate(
         (place / TRANSLATION_FILE).write_json({"identity": own, **decided.request()})
         if (scratch / REJECTS_FILE).is_file():
             (place / REJECTS_FILE).write_bytes((scratch / REJECTS_FILE).read_bytes())
-        for line in plan_of(decided.config, drafts_of(bundles)).lines():
-            logger.info("%s", line)
+        planned = plan_of(decided.config, drafts_of(bundles))
+        for line in planned.lines():
+            logger.log(logging.WARNING if line in planned.warnings else logging.INFO, "%s", line)
         run = _Run(decided, bundles, place, device, scratch)
         run.steps()
         quality = run.assemble()

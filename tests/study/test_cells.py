@@ -50,6 +50,10 @@ def test_a_model_is_the_section_of_a_run_without_what_the_study_adds() -> None:
         ({"methods": {"x": ["seed=3"]}}, "methods.x: 'seed=3' sets seed, but the study decides it"),
         ({"methods": {"x": ["model.dtype=float32"]}}, "sets model.dtype, but models gives the model"),
         ({"methods": {"x": ["chat.system=hi"]}}, "sets chat.system, but all cells are scored on the same prompts"),
+        (
+            {"methods": {"x": [], "y": ["objective.beta=0.2"]}},
+            "methods.x and methods.y have the same settings on every",
+        ),
         ({"methods": {"x": ["mlc.weight"]}}, "methods.x: override 'mlc.weight' is not of the form"),
         ({"methods": {"x": ["objective.loss=sft"]}}, "method 'x' on model 'a'.*beta"),
         ({"models": {"a": {"path": "m", "methods": {"q": []}}}}, "models.a.methods.q is no method of the study"),

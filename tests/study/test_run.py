@@ -44,7 +44,7 @@ def test_a_method_that_cannot_be_prepared_leaves_the_study_as_it_was(
 
     monkeypatch.setattr(running, "_check", lambda *_: None)
     monkeypatch.setattr(running, "_prepare", prepared)
-    more = planned(tmp_path / "s", methods={**raw_study(tmp_path)["methods"], "bad": []})
+    more = planned(tmp_path / "s", methods={**raw_study(tmp_path)["methods"], "bad": ["mlc.weight=0.5"]})
     with pytest.raises(ConfigError, match="tiny_1-bad-1"):
         running._study(more, asked(), folder)
     assert load_plan(folder).cells == before.cells

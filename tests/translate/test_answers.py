@@ -35,7 +35,8 @@ from mlc_ray.translate.asking import CostCapError, Work
 from mlc_ray.translate.assemble import NO_OWN, Assembly
 from mlc_ray.translate.checks import Tools
 from mlc_ray.translate.drafts import Draft, Own, Shard, Text, remade
-from mlc_ray.translate.quality import Counts
+from mlc_ray.translate.quality import Counts, as_markdown
+from mlc_ray.translate.texts import texts_of
 from mlc_ray.types import AnswerPair, Bundle
 from tests.generate.chat_server import Step, serving
 from tests.score.local_pool import LocalPool
@@ -179,6 +180,13 @@ def test_an_answer_that_is_cut_off_ends_at_its_last_sentence_or_is_not_used(tmp_
         ("Wash the rice. Then boil it.", "Wash the rice. Then boil it."),
         ("First wash the rice. It costs $3.", "First wash the rice."),
         ("It was built in the year 1990. Then", "It was built in the year 1990."),
+        ("Lavez bien le riz. Ensuite 2. Faites-le", "Lavez bien le riz."),
+        ("Run this program first.\n```\nprint('Hi.')\n# It says hi. Then", "Run this program first."),
+        ("Run this first:\n```\nprint()\n```\nIt says hi. Then", "Run this first:\n```\nprint()\n```\nIt says hi."),
+        ("መጀመሪያ ሩዙን በደንብ እጠበው። ከዚያ", "መጀመሪያ ሩዙን በደንብ እጠበው።"),
+        ("ဆန်ကို အရင် သေချာ ဆေးပါ။ ပြီးရင်", "ဆန်ကို အရင် သေချာ ဆေးပါ။"),
+        ("ដំបូងលាងអង្ករឱ្យស្អាត។ បន្ទាប់មក", "ដំបូងលាងអង្ករឱ្យស្អាត។"),
+        ("पहले चावल अच्छी तरह धो लें। फिर", "पहले चावल अच्छी तरह धो लें।"),
     ],
 )
 def test_only_a_sentences_end_ends_an_answer(text: str, kept: str) -> None:
@@ -255,6 +263,24 @@ def test_own_answers_take_the_place_of_given_ones(tools: Tools) -> None:
     own = [Own("en", "", "kept", refusal=NO["en"], plain="refused")]
     [line], _ = assembled(Draft(harmful, own=own), tools, kinds=["harmful"])
     assert f'"chosen": "{NO["en"]}", "rejected": "Sure, wash it."' in line
+
+
+def test_own_answers_are_translated_by_a_second_run(tools: Tools) -> None:
+    """It translates what the first one wrote, which are the model's own answers and not the given ones."""
+    given = bundle(prompts={"en": RICE["en"]}, chosen="Wash it.", rejected="No.")
+    own = Own("en", GOOD["en"], "kept", refusal=NO["en"])
+    [first], _ = assembled(Draft(given, own=[own]), tools, languages="english")
+    draft = Draft(remade(make_bundle(json.loads(first))))
+    draft.texts = texts_of(draft, ["es"], answers=True)
+    spanish = {texts["en"]: texts["es"] for texts in (RICE, GOOD, NO)}
+    for text in draft.texts:
+        text.text = spanish[text.source]
+    raw = {"name": "n", "sources": [{"path": "b"}], "languages": ["es"], "translator": {"model": "m"}}
+    config = parse_config(TranslateConfig, {**raw, "translate_answers": True})
+    [second] = Assembly(config, tools, Counts("n")).shard(Shard([draft])).bundles
+    row = json.loads(second)
+    assert (row["chosen"], row["rejected"], row["pair"]) == (GOOD["en"], NO["en"], json.loads(first)["pair"])
+    assert row["answers"] == {"es": {"chosen": GOOD["es"], "rejected": NO["es"]}}
 
 
 def test_all_that_a_model_said_is_kept_as_labelled_responses(tmp_path: Path, tools: Tools) -> None:
@@ -374,14 +400,6 @@ def test_what_passes_and_is_not_in_a_written_bundle_says_why(tools: Tools) -> No
         ("own answer", {"bundle rejected"}),
     ]
 
-    texts = [Text("es", "prompt", "How?", RICE["es"]), Text("es", "chosen", "So.", "Así.")]
-    own = [Own(code, GOOD[code], "kept", refusal=NO[code]) for code in RICE]
-    given = bundle(prompts={"en": RICE["en"]}, chosen="So.")
-    [line], [row] = assembled(Draft(given, texts=texts, own=own), tools, otherwise="given")
-    assert json.loads(line)["answers"]["es"]["chosen"] == GOOD["es"] and set(json.loads(row)["checks"]) == {
-        "own answers"
-    }
-
 
 def test_a_harmful_bundle_needs_a_rejected_answer_unless_pairs_is_false(tools: Tools) -> None:
     own = Own("en", "", "kept", "it is 'es'", NO["en"], plain="other language")
@@ -436,3 +454,10 @@ def test_the_report_counts_what_a_harmful_prompt_was_plainly_answered_and_how_ma
     counts.own(Own("en", "", "no refusal", refusal=None, plain="kept"), "harmful")
     [own] = counts.result().own
     assert (own.kept, own.other_language, own.refused, own.distinct_refusals) == (3, 3, 0, 2)
+
+
+@pytest.mark.parametrize(("code", "told"), [("zh-Hant", True), ("es-MX", True), ("ku-Arab", False), ("es", False)])
+def test_the_report_says_that_a_variant_is_not_checked(code: str, told: bool) -> None:
+    counts = Counts("n")
+    counts.text(code, "prompt", {}, 50.0, identified=True)
+    assert ("variant not checked" in as_markdown(counts.result())) == told

@@ -15,7 +15,6 @@ from mlc_ray.translate.checks import (
     NEAR_DUPLICATE,
     NO_BACK_TRANSLATION,
     NO_TRANSLATION,
-    REPLACED,
     NearDuplicates,
     Pair,
     Tools,
@@ -25,7 +24,7 @@ from mlc_ray.translate.checks import (
 )
 from mlc_ray.translate.languages import named
 
-OTHERS = [NO_TRANSLATION, NO_BACK_TRANSLATION, NEAR_DUPLICATE, BUNDLE_REJECTED, INCOMPLETE, REPLACED]
+OTHERS = [NO_TRANSLATION, NO_BACK_TRANSLATION, NEAR_DUPLICATE, BUNDLE_REJECTED, INCOMPLETE]
 GOOD = [
     ("How do I cook rice?", "怎么煮米饭？", "zh"),
     ("How do I cook rice for 4 people?", "¿Cómo cocino arroz para 4 personas?", "es"),

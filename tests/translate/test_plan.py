@@ -49,6 +49,22 @@ def test_a_judges_translator_is_asked_about_languages_that_the_judge_does_not_kn
     assert asked["translations for the judge"].requests == 4  # Finnish: two prompts, an answer and a refusal
 
 
+def test_twins_without_the_languages_of_their_bundles_are_warned_of() -> None:
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "translator": {"endpoint": ENDPOINT}}
+    spanish = Bundle("", "harmful", {"en": "How?", "es": "¿Cómo?"})
+    drafts = [Draft(spanish), Draft(Bundle("", "benign", {"en": "Why?"}))]
+    given: list[tuple[dict[str, Any], bool]] = [
+        ({"twins": {}}, True),
+        ({"twins": {}, "languages": ["es"]}, False),
+        ({"languages": ["fr"]}, False),
+        ({"twins": {"of": ["benign"]}}, False),
+    ]
+    for more, told in given:
+        found = plan_of(parse_config(TranslateConfig, {**raw, **more}), drafts)
+        assert any("prompts in es and their twins will have none" in text for text in found.warnings) == told
+        assert found.lines()[-1:] == list(found.warnings) or not told
+
+
 def test_texts_that_may_be_cut_off_are_told() -> None:
     raw = {"name": "n", "sources": [{"path": "sample:train"}], "languages": ["es", "zh"]}
     drafts = [Draft(Bundle("", "benign", {"en": text})) for text in ("How?", "Tell me more of this. " * 70)]

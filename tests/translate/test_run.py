@@ -246,8 +246,24 @@ def test_bundles_that_cannot_be_translated_are_refused(ray_local: Any, tmp_path:
         ({"twins": {}}, "twins needs a translator"),
         ({"translator": {"model": "m"}, "answers": {"model": "m"}}, "translator is read with languages or twins"),
         ({"translate_answers": True, "answers": {"model": "m"}}, "translate_answers=true is read with languages"),
+        (
+            {
+                "languages": ["es"],
+                "translator": {"model": "m"},
+                "translate_answers": True,
+                "answers": {"model": "m", "otherwise": "given"},
+            },
+            "own answers first.*translate_answers=false.*--bundles runs/translations/n/bundles --languages es",
+        ),
         ({"languages": ["en"], "translator": {"model": "m"}}, "languages has 'en'"),
+        ({"languages": ["en-GB"], "translator": {"model": "m"}}, "languages has 'en-GB'"),
         ({"languages": ["es", "es"], "translator": {"model": "m"}}, "'es' more than once"),
+        ({"answers": {"model": "m", "kinds": ["benign", "benign"]}}, r"answers\.kinds has 'benign' more than once"),
+        ({"twins": {"of": ["harmful"] * 2}, "translator": {"model": "m"}}, r"twins\.of has 'harmful' more than once"),
+        (
+            {"answers": {"model": "m", "refusals": {"en": "  "}}},
+            r"answers\.refusals\.en='  ' is blank; write a refusal",
+        ),
         ({"languages": ["es"], "translator": {"model": "m"}, "min_languages": 2}, "min_languages=2"),
         ({"languages": ["es"], "translator": {}}, "exactly one of model and endpoint"),
         ({"languages": ["spanish"], "translator": {"model": "m"}}, "languages.0='spanish'"),
@@ -271,6 +287,15 @@ def test_bundles_that_cannot_be_translated_are_refused(ray_local: Any, tmp_path:
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_config(TranslateConfig, {"name": "n", "sources": [{"path": "sample:train"}], **fields})
+
+
+@pytest.mark.parametrize(
+    ("code", "near"), [("eng", r"did you mean 'en' \(English\)"), ("spa-MX", "asked"), ("xx", "did you mean")]
+)
+def test_languages_without_a_name_are_refused(code: str, near: str) -> None:
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "languages": ["oc", code], "translator": {"model": "m"}}
+    with pytest.raises(TranslationError, match=f"languages has '{code}', a language without a known name.*{near}"):
+        decide(parse_config(TranslateConfig, raw), None)
 
 
 def test_a_refusal_may_be_given_in_a_language_that_bundles_bring(smollm2: Path) -> None:
