@@ -275,13 +275,24 @@ def test_a_judge_that_is_a_model_has_its_time():
         ),
         (["--config", "recipe:quickstart", "--gpu", "h200"], "--gpu h200 says what --gpus N are"),
         (["--config", "recipe:quickstart", "--node-memory", "64"], "--node-memory 64.0 says what --gpus N are"),
+    ],
+)
+def test_options_that_nothing_would_read_are_refused(options, said, capsys):
+    assert main(["plan", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
         (["--gpus", "0"], "argument --gpus: '0' is no whole number from 1"),
         (["--gpus-per-node", "-2"], "argument --gpus-per-node: '-2' is no whole number from 1"),
         (["--node-memory", "-4"], "argument --node-memory: '-4' is no number above 0"),
     ],
 )
-def test_options_that_nothing_would_read_are_refused(options, said, capsys):
-    assert main(["plan", *options]) == 2
+def test_numbers_of_a_cluster_are_above_0(options, said, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", *options])
     assert said in capsys.readouterr().err
 
 
