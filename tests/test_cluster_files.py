@@ -304,3 +304,19 @@ def test_dockerfiles_have_no_fault(name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     users = [line for line in (CLUSTER / name).read_text(encoding="utf-8").splitlines() if line.startswith("USER ")]
     assert users == ["USER 1000"]  # that of the pods' securityContext
+
+
+@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
+def test_the_user_of_an_image_owns_the_folder_that_pip_writes_into(name: str) -> None:
+    """WORKDIR makes a folder root's, and COPY --chown leaves it so."""
+    text = (CLUSTER / name).read_text(encoding="utf-8")
+    assert 0 < text.index("install --directory --owner=ray --group=ray /mlc_ray") < text.index("WORKDIR /mlc_ray")
+    assert "**/*.egg-info" in (CLUSTER.parent / ".dockerignore").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_pods_have_the_secrets_that_drivers_pass_on_and_shared_volumes_are_not_walked(name: str) -> None:
+    pods = pods_of(read(name))
+    assert pods["head"]["containers"][0]["envFrom"][0]["secretRef"]["name"] == "mlc-ray-secrets"
+    for pod in pods.values():
+        assert pod["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"

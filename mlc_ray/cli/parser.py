@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -357,6 +358,22 @@ def _place(text: str) -> Place:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
 def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", action="store_true", help="say what it takes at most, and stop")
     parser.add_argument("--json", action="store_true", help="with --budget: print it as JSON")
@@ -365,11 +382,13 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
     """A cluster that is only thought of."""
-    parser.add_argument("--gpus", metavar="N", type=int, help="GPUs of a cluster (default: the cluster that is there)")
-    parser.add_argument("--gpu", metavar="NAME", help="what they are: h100 (the default), h200, a100, ...")
-    parser.add_argument("--gpus-per-node", metavar="N", type=int, help="GPUs of a node (default: 8)")
     parser.add_argument(
-        "--node-memory", metavar="GIB", type=float, help="memory of a node, in GiB (default: not checked)"
+        "--gpus", metavar="N", type=_positive_int, help="GPUs of a cluster (default: the cluster that is there)"
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="what they are: h100 (the default), h200, a100, ...")
+    parser.add_argument("--gpus-per-node", metavar="N", type=_positive_int, help="GPUs of a node (default: 8)")
+    parser.add_argument(
+        "--node-memory", metavar="GIB", type=_positive, help="memory of a node, in GiB (default: not checked)"
     )
 
 

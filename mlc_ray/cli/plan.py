@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,7 +28,7 @@ from mlc_ray.plan.rates import Rates, gpu_here, rates_of, read_calibrations, thr
 from mlc_ray.plan.records import RunPlan
 from mlc_ray.plan.runs import PlanError, dtype_of, plan_run
 from mlc_ray.plan.scores import ScorePlan, plan_scoring, plan_search
-from mlc_ray.plan.shapes import Shape, config_of, counted, shape_of
+from mlc_ray.plan.shapes import Shape, ShapeError, config_of, counted, is_quantised, shape_of
 from mlc_ray.plan.show import run_json, run_lines, score_json, score_lines, search_json, search_lines
 from mlc_ray.plan.there import cluster_there
 from mlc_ray.score.counted_prompts import prompts_of
@@ -122,7 +122,12 @@ def cluster_here() -> Cluster:
 
 def _shape(arguments: argparse.Namespace, path: str, *, trust_remote_code: bool) -> Shape:
     config, name = config_of(arguments.shape or path, trust_remote_code=trust_remote_code)
-    return counted(shape_of(config, name), config)
+    if is_quantised(config):
+        raise ShapeError(
+            f"the weights of {name!r} are quantised, whose memory is not planned; name a model with plain weights by "
+            "--shape"
+        )
+    return counted(shape_of(config, name), config, trust_remote_code=trust_remote_code)
 
 
 def _run(
@@ -144,7 +149,11 @@ def _run(
 def _train(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     # All GPUs that are named; of a cluster that is there, as many as the run takes.
-    plan, best, *_ = _run(arguments, config, cluster, workers=arguments.gpus or config.cluster.most_workers)
+    workers = arguments.gpus or config.cluster.most_workers
+    plan, best, *_ = _run(arguments, config, cluster, workers=workers)
+    if "workers" in config.cluster.model_fields_set and workers != config.cluster.most_workers:
+        said = f"all {workers} GPUs of --gpus, not cluster.workers={config.cluster.workers}"
+        plan = replace(plan, assumed=(*plan.assumed, said))
     return run_lines(plan, best), run_json(plan, best)
 
 
@@ -181,6 +190,7 @@ def _scored(scoring: ScoringSection, shape: Shape, cluster: Cluster, *, prompts:
 
 
 def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:
+    from mlc_ray.search.selection import count_asked
     from mlc_ray.search.space import make_space
     from mlc_ray.search.tune import number_of_points
 
@@ -188,12 +198,7 @@ def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[s
     space = make_space(config)
     base = space.run(next(iter(space.corners())), name="corner")
     run, best, shape, weights = _run(arguments, base, cluster, workers=base.cluster.most_workers)
-    scoring, confirm = config.scoring, config.confirm
-    prompts = len(prompts_of(scoring.benchmarks, scoring, scoring.limit))
-    if confirm.benchmarks is None:  # every second bundle is kept for it
-        asked = (prompts - prompts // 2, prompts // 2)
-    else:
-        asked = (prompts, len(prompts_of(confirm.benchmarks, scoring, confirm.limit)))
+    scoring, asked = config.scoring, count_asked(config)[:2]
     choosing, confirming = (_scored(scoring, shape, cluster, prompts=number) for number in asked)
     points = number_of_points(config, space)
     plan = plan_search(config, run, points=points, choosing=choosing, confirming=confirming, cluster=cluster)

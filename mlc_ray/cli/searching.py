@@ -122,7 +122,7 @@ def scale_command(arguments: argparse.Namespace) -> None:
     from mlc_ray.study.scale import scale, scale_budget
 
     if arguments.budget:
-        from mlc_ray.cli.plan import named_cluster
+        from mlc_ray.cli.plan import DoesNotFitError, named_cluster
         from mlc_ray.report.console import show
         from mlc_ray.report.scale import budget_table
         from mlc_ray.report.tables import console
@@ -132,6 +132,8 @@ def scale_command(arguments: argparse.Namespace) -> None:
             print(json.dumps([asdict(each) for each in budget], indent=2))
         else:
             show(console(budget_table(budget)))
+        if any(each.fault for each in budget):
+            raise DoesNotFitError("it does not fit; what lacks is in the budget that was printed")
         return
     _show_study(scale(config))
 

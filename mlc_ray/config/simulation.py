@@ -25,7 +25,7 @@ class SimulationConfig(Section):
     step_seconds: PositiveFloat = Field(
         description="Seconds of an optimizer step for which no worker is late and no data are waited for."
     )
-    step_spread: NonNegative = Field(
+    step_spread: Annotated[float, Field(ge=0, le=2)] = Field(
         0.02,
         description="Standard deviation of the logarithm of a worker's step time; a step takes as long as its slowest "
         "worker's.",

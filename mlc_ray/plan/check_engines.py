@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mlc_ray.config import ScoringSection, TrainConfig
 from mlc_ray.judges.panel import Reader
-from mlc_ray.plan.engines import EnginePlan, Engines, plan_engine, readers_of
+from mlc_ray.plan.engines import EnginePlan, Engines, plan_engine, readers_of, room_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import least
 from mlc_ray.plan.rates import rates_of, threads_of
@@ -36,8 +36,8 @@ def check_engine(
         readers: who reads responses, once that is known (default: whoever may).
 
     Raises:
-        PlanError: They cannot, the message names the part and the nearest settings that fit; or a model's heads cannot
-            be split over the GPUs of an engine.
+        PlanError: They cannot, the message names the part and the nearest settings that fit; a model's heads cannot be
+            split over the GPUs of an engine; or a node has fewer of these, or `cluster` holds fewer engines.
     """
     for each in [Engines("", model, scoring.engine), *readers_of(scoring.judge, readers)]:
         _check(each, gpu=gpu, given=cluster)
@@ -58,6 +58,12 @@ def _check(engines: Engines, *, gpu: bool, given: Cluster | None) -> None:
     if cluster.gpu is None:
         _check_a_node(shape, engines, plan, cluster, there=given is None)
         return
+    room = None if given is None else room_of(engine, cluster, where=engines.where)
+    if room is not None and engine.replicas != "auto" and engine.replicas > room:
+        raise PlanError(
+            f"{where}.replicas={engine.replicas} with {where}.tensor_parallel={engine.tensor_parallel}, but "
+            f"{cluster.gpus} GPUs on nodes of {cluster.per_node} hold {room}; lower it, or set auto"
+        )
     if plan.fits:
         return
     for parallel in (2, 4, 8):

@@ -117,6 +117,21 @@ class EnginePlan:
         return self.bytes <= self.limit
 
 
+def room_of(engine: EngineSection, cluster: Cluster, *, where: str = "") -> int:
+    """Engines that the nodes of a cluster with GPUs hold, each on one node.
+
+    Raises:
+        PlanError: A node holds none.
+    """
+    parallel = engine.tensor_parallel
+    if parallel > cluster.per_node:
+        raise PlanError(
+            f"{where}engine.tensor_parallel={parallel}, but an engine lies on one node, which has "
+            f"{cluster.per_node} GPUs; lower it"
+        )
+    return max(1, cluster.gpus // cluster.per_node) * (cluster.per_node // parallel)
+
+
 def plan_engine(shape: Shape, engine: EngineSection, cluster: Cluster, *, where: str = "") -> EnginePlan:
     """Memory of an engine: vLLM fills its share of each GPU with weights, and keys and values of tokens.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from mlc_ray.config import EngineSection, ScoringSection, SearchConfig
 from mlc_ray.config.search import PROBE_LIMIT
-from mlc_ray.plan.engines import EnginePlan, Engines, plan_engine, readers_of
+from mlc_ray.plan.engines import EnginePlan, Engines, plan_engine, readers_of, room_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import HEAD, PROMPT
 from mlc_ray.plan.rates import rates_of
@@ -111,14 +111,12 @@ def plan_score(
     On CPUs `replicas: auto` is taken for an engine on each node.
 
     Raises:
-        PlanError: An engine has more GPUs than the cluster, or the model's heads cannot be split over them.
+        PlanError: An engine has more GPUs than a node, or the model's heads cannot be split over them.
     """
     own = plan_engine(shape, engine, cluster, where=where)
     rates = rates_of(cluster.gpu, dtype_of(engine.dtype, cluster))
     parallel = engine.tensor_parallel if cluster.gpu is not None else 1
-    if parallel > cluster.gpus:
-        raise PlanError(f"{where}engine.tensor_parallel={parallel}, but the cluster has {cluster.gpus} GPUs; lower it")
-    room = cluster.gpus // parallel
+    room = room_of(engine, cluster, where=where) if cluster.gpu is not None else cluster.nodes
     replicas = room if engine.replicas == "auto" else engine.replicas
     replicas = min(room, replicas) if cluster.gpu is not None else replicas
     active = shape.layers * shape.matrices + shape.embedding

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -154,13 +155,28 @@ def shape_of(config: PretrainedConfig, name: str) -> Shape:
     )  # fmt: skip
 
 
-def counted(shape: Shape, config: PretrainedConfig) -> Shape:
-    """The same with the parameters of modules on the meta device, which have shapes and no memory; takes seconds."""
+def is_quantised(config: PretrainedConfig) -> bool:
+    """Whether weights take fewer bytes than their type says, so that no plan counts them."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def counted(shape: Shape, config: PretrainedConfig, *, trust_remote_code: bool = False) -> Shape:
+    """The same with the parameters of modules on the meta device, which have shapes and no memory; takes seconds.
+
+    Raises:
+        ShapeError: Transformers cannot build the model.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # code of a model of any kind
+        raise ShapeError(
+            f"{shape.name!r}: transformers cannot build a model of its config ({str(error).strip().splitlines()[0]}); "
+            "name another shape by --shape, or set trust_remote_code where the model has code of its own"
+        ) from error
     blocks = next(part for part in model.get_decoder().children() if len(list(part.children())) == shape.layers)
     return replace(
         shape,
@@ -214,6 +230,8 @@ def config_of(path: str, *, trust_remote_code: bool = False) -> tuple[Pretrained
     here = file.exists() or scheme_of(path) is not None
     if not here and (known := published_config(path.partition("#")[0])) is not None:
         return known, path.partition("#")[0]
+    if not here and re.fullmatch(r"[\d.]+[bm]", path.lower()):
+        raise ShapeError(f"{path!r} is the size of no published shape; name one of {', '.join(published())}")
     source = str(file) if file.exists() else local_model(pinned_model(path), weights=False)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -234,12 +252,12 @@ def known_shape(path: str, *, trust_remote_code: bool) -> Shape | None:
         ShapeError: There is no config.
     """
     config, name = config_of(path, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
+    if is_quantised(config):
         logger.info("memory is not planned: the weights of %s are quantised", path)
         return None
     try:
         shape = shape_of(config, name)
-        return shape if shape.kind in KINDS else counted(shape, config)
+        return shape if shape.kind in KINDS else counted(shape, config, trust_remote_code=trust_remote_code)
     except Exception as error:  # code of a model of any kind: the command itself will say what is wrong, if it is
         logger.info("memory is not planned: the shape of %s is not known (%s)", path, error)
         return None

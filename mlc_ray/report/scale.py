@@ -22,6 +22,7 @@ class SizeBudget:
     `operations` are 6 for each parameter that a token meets, and token; embeddings are not counted. `scores` are
     answers of at most `max_new_tokens` to all prompts. `hours` and `gpu_hours` (on CPUs, of workers) are what
     `mlc-ray plan` makes of it; None where it knows the cluster or the model not. `assumed` is what they leave out.
+    `fault` is what does not fit a cluster that was named; empty where all does, or none was.
     """
 
     size: str
@@ -35,6 +36,7 @@ class SizeBudget:
     hours: float | None = None
     gpu_hours: float | None = None
     assumed: tuple[str, ...] = ()
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def budget_table(budget: Sequence[SizeBudget]) -> Table:
     heads = ["parameters", "runs", "steps each", "tokens", "operations", "scores", "answers", "hours", "GPU hours"]
     lines = [
         row(
-            each.size,
+            f"{each.size} (does not fit)" if each.fault else each.size,
             [
                 _parameters(each.parameters), f"{each.runs:,}", f"{each.steps:,}", f"{each.tokens:,}",
                 f"{each.operations:.2g}", f"{each.scores:,}", f"{each.answers:,}", *_hours([each]),
@@ -174,6 +176,7 @@ def budget_table(budget: Sequence[SizeBudget]) -> Table:
     )
     if assumed := dict.fromkeys(said for each in budget for said in each.assumed):
         note += f"; assumed: {'; '.join(assumed)}"
+    note += "".join(f"; {each.size} does not fit: {each.fault}" for each in budget if each.fault)
     return table("Budget", ["size", *heads], lines, note)
 
 

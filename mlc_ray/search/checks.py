@@ -13,6 +13,7 @@ from mlc_ray.nodes import check_nodes
 from mlc_ray.plan.check import check_run
 from mlc_ray.plan.check_engines import check_beside, check_engine
 from mlc_ray.plan.hardware import Cluster
+from mlc_ray.plan.lengths import Weights
 from mlc_ray.runs import output_place
 from mlc_ray.score.plan import places, with_dtypes, with_longest_answer
 from mlc_ray.search.space import Space
@@ -70,7 +71,9 @@ def check_search(config: SearchConfig, space: Space) -> None:
     check_nodes(output_place(config.output_dir), paths_read(base))
 
 
-def check_plan(config: SearchConfig, space: Space, *, gpu: bool, cluster: Cluster | None = None) -> None:
+def check_plan(
+    config: SearchConfig, space: Space, *, gpu: bool, cluster: Cluster | None = None, weights: Weights | None = None
+) -> None:
     """Refuse a search whose trials, or engines, cannot fit the cluster that is there (or another one).
 
     Args:
@@ -78,13 +81,14 @@ def check_plan(config: SearchConfig, space: Space, *, gpu: bool, cluster: Cluste
         space: of its trials.
         gpu: whether they have GPUs.
         cluster: what it runs on (default: the cluster that is there).
+        weights: what the data of its first corner weighs, if that is known.
 
     Raises:
         PlanError: They cannot; the message names what lacks and what would fit.
     """
     runs = [space.run(corner, name="corner") for corner in space.corners()]
     for run in runs:  # a stage or a budget may be part of the space
-        check_run(run, gpu=gpu, cluster=cluster)
+        check_run(run, gpu=gpu, cluster=cluster, weights=weights if run.data == runs[0].data else None)
     check_engine(runs[0].model.path, config.scoring, gpu=gpu, cluster=cluster)
     if not gpu:
         at_once = min(config.concurrency, number_of_points(config, space) * config.repeats)

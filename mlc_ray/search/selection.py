@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mlc_ray.config import ConfirmSection, SearchConfig
 from mlc_ray.data.bundles import NAMED_FIRST
+from mlc_ray.score.counted_prompts import prompts_of
 from mlc_ray.score.prompts import BenchmarkError, Prompts, read_prompts
 from mlc_ray.search.objectives.base import Objective, TrialScore, languages_of_kinds
 from mlc_ray.storage import fingerprint
@@ -60,6 +61,16 @@ def read_asked(config: SearchConfig, objective: Objective, *, rejects: Path) -> 
         asked = AskedPrompts(chosen, _part(other, mask))
     check_prompts(asked, config.confirm, objective)
     return asked
+
+
+def count_asked(config: SearchConfig) -> tuple[int, int, tuple[str, ...]]:
+    """How many prompts choose and how many confirm, by `prompts_of`, and what was assumed of them, as sentences."""
+    scoring, confirm = config.scoring, config.confirm
+    chosen = prompts_of(scoring.benchmarks, scoring, scoring.limit)
+    if confirm.benchmarks is None:  # every second bundle is kept for it
+        return len(chosen) - len(chosen) // 2, len(chosen) // 2, chosen.assumed
+    other = prompts_of(confirm.benchmarks, scoring, confirm.limit)
+    return len(chosen), len(other), (*chosen.assumed, *other.assumed)
 
 
 def split(prompts: Prompts) -> AskedPrompts:

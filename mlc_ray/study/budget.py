@@ -6,21 +6,24 @@ import logging
 from dataclasses import replace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from mlc_ray.config import TrainConfig
+from mlc_ray.data.plan import Lengths
 from mlc_ray.data.prepare import prepare_token_rows
-from mlc_ray.data.store import TokenArtifact
+from mlc_ray.data.ragged import Ints
 from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.cutting import steps_of
 from mlc_ray.plan.hardware import Cluster
-from mlc_ray.plan.lengths import of_artifact
+from mlc_ray.plan.lengths import Weights, of_artifact, weights_of
 from mlc_ray.plan.runs import PlanError, plan_alone, plannable
 from mlc_ray.plan.scores import SearchPlan, plan_scoring, plan_search, runs_in, scores_in
-from mlc_ray.plan.shapes import known_shape
+from mlc_ray.plan.shapes import config_of, known_shape
 from mlc_ray.report.scale import SizeBudget
 from mlc_ray.runs import TRIALS_FOLDER, artifact_cache, resolve_model
+from mlc_ray.search.checks import check_plan
 from mlc_ray.search.objectives.base import make_objective
-from mlc_ray.search.selection import read_asked
+from mlc_ray.search.selection import count_asked, read_asked
 from mlc_ray.storage import Place, local_model, local_side
 from mlc_ray.study.searches import SizeSearch, cell_folder
 from mlc_ray.train.experts import is_expert, share_met
@@ -30,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 def model_size(path: str, *, trust_remote_code: bool) -> tuple[int, float]:
     """Parameters of a model, and those that a token meets, without embeddings; from its config, without weights."""
-    folder = local_model(resolve_model(path), weights=False)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config, _ = config_of(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     met = share_met(config.get_text_config()) or 1.0
@@ -55,43 +57,88 @@ def budget_of(search: SizeSearch, folder: Place, parameters: float | None, clust
     Raises:
         MlcRayError: What reading data, prompts and the model's config raises.
     """
-    run, place = search.run, cell_folder(folder, search.size)
+    run, place, config = search.run, cell_folder(folder, search.size), search.config
     tokens = prepare_token_rows(run.data, run.model, chat=run.chat, cache_dir=artifact_cache(place / TRIALS_FOLDER))
-    objective = Objective(run)
-    needs_rejected, pairing = objective.alignment.needs_rejected, objective.alignment.pairing
-    own = tokens.counted(
-        lambda lengths: lengths.own_tokens(head=0, taps=objective.ever_taps, rejected=needs_rejected, pairing=pairing)
-    )
-    config, steps = search.config, steps_of(run, tokens)
-    runs = runs_in(config, points=search.points)
-    forwarded = round(float(own.mean()) * run.train.batch_bundles * steps * runs)
+    each = float(tokens.counted(lambda lengths: _forwarded(run, lengths)).mean())
     asked = read_asked(config, make_objective(config.objective), rejects=local_side(place))
-    selected, confirmed = len(asked.selection.table), len(asked.confirmation.table)
-    chosen, kept = scores_in(config, points=search.points, steps=steps)
-    hours = None if cluster is None else plan_of(search, tokens, (selected, confirmed), cluster)
-    size, met = model_size(run.model.path, trust_remote_code=run.model.trust_remote_code)
-    found = SizeBudget(
-        search.size, parameters or size, runs, steps, forwarded, 6 * met * forwarded, chosen + kept,
-        chosen * selected + kept * confirmed,
-    )  # fmt: skip
-    if hours is None:
+    answers = (len(asked.selection.table), len(asked.confirmation.table))
+    model = local_model(resolve_model(run.model.path), weights=False)
+    found = _counted(search, model, parameters, steps=steps_of(run, tokens), each=each, answers=answers)
+    if cluster is None:
         return found
-    return replace(found, hours=hours.seconds / 3600, gpu_hours=hours.gpu_hours, assumed=hours.assumed)
+    try:
+        return _with_hours(found, plan_of(search, of_artifact(tokens), answers, cluster))
+    except PlanError as error:  # of what is there now: an autoscaler may add to it
+        logger.warning("hours of %s are not known: %s", search.size, error)
+        return found
 
 
-def plan_of(search: SizeSearch, tokens: TokenArtifact, answers: tuple[int, int], cluster: Cluster) -> SearchPlan | None:
+def budget_on(search: SizeSearch, folder: Place, parameters: float | None, cluster: Cluster) -> SizeBudget:
+    """The same on a cluster that is only thought of, with the `fault` that keeps it from fitting; nothing is written.
+
+    Bundles and prompts that are not here are assumed, which is said.
+
+    Raises:
+        MlcRayError: What reading data, prompts and the model's config raises.
+    """
+    run, config = search.run, search.config
+    weights = weights_of(run, artifact_cache(cell_folder(folder, search.size) / TRIALS_FOLDER))
+    choosing, confirming, assumed = count_asked(config)
+    answers = (choosing * config.scoring.asking.samples, confirming * config.scoring.asking.samples)
+    each = float(_forwarded(run, weights.lengths).mean())
+    found = _counted(search, run.model.path, parameters, steps=steps_of(run, weights), each=each, answers=answers)
+    try:
+        if run.cluster.plan == "check":
+            check_plan(config, search.space, gpu=cluster.gpu is not None, cluster=cluster, weights=weights)
+        found = _with_hours(found, plan_of(search, weights, answers, cluster))
+    except PlanError as error:
+        found = replace(found, fault=str(error))
+    said = (f"data {weights.said}",) if weights.said.startswith("assumed") else ()
+    return replace(found, assumed=(*found.assumed, *said, *assumed))
+
+
+def _forwarded(run: TrainConfig, lengths: Lengths) -> Ints:
+    """Tokens of each bundle that a step with terms forwards, [N]."""
+    objective = Objective(run)
+    rejected, pairing = objective.alignment.needs_rejected, objective.alignment.pairing
+    return lengths.own_tokens(head=0, taps=objective.ever_taps, rejected=rejected, pairing=pairing)
+
+
+def _counted(
+    search: SizeSearch, model: str, parameters: float | None, *, steps: int, each: float, answers: tuple[int, int]
+) -> SizeBudget:
+    """What is counted without a cluster; a bundle has `each` tokens."""
+    config, run = search.config, search.run
+    runs = runs_in(config, points=search.points)
+    forwarded = round(each * run.train.batch_bundles * steps * runs)
+    chosen, kept = scores_in(config, points=search.points, steps=steps)
+    size, met = model_size(model, trust_remote_code=run.model.trust_remote_code)
+    return SizeBudget(
+        search.size, parameters or size, runs, steps, forwarded, 6 * met * forwarded, chosen + kept,
+        chosen * answers[0] + kept * answers[1],
+    )  # fmt: skip
+
+
+def _with_hours(found: SizeBudget, plan: SearchPlan | None) -> SizeBudget:
+    if plan is None:
+        return found
+    return replace(found, hours=plan.seconds / 3600, gpu_hours=plan.gpu_hours, assumed=plan.assumed)
+
+
+def plan_of(search: SizeSearch, weights: Weights, answers: tuple[int, int], cluster: Cluster) -> SearchPlan | None:
     """The time of a search on a cluster, as `mlc-ray plan` counts it.
 
     Args:
         search: of a size.
-        tokens: its bundles, tokenised.
+        weights: what its bundles weigh.
         answers: of a score that chooses, and of one that confirms; of each prompt all its samples.
         cluster: what it runs on, or is to.
 
     Returns:
-        None where the engine or the shape of the model is not known, or the cluster has too few GPUs.
+        None where the engine or the shape of the model is not known.
 
     Raises:
+        PlanError: The cluster has too few GPUs.
         ShapeError: The model has no config.
     """
     run = search.run
@@ -101,14 +148,10 @@ def plan_of(search: SizeSearch, tokens: TokenArtifact, answers: tuple[int, int],
     if shape is None:
         return None
     scoring = search.config.scoring
-    try:
-        planned = plan_alone(run, shape, cluster, of_artifact(tokens))
-        choosing, confirming = (
-            plan_scoring(scoring, shape, cluster, prompts=number // scoring.asking.samples) for number in answers
-        )
-        return plan_search(
-            search.config, planned, points=search.points, choosing=choosing, confirming=confirming, cluster=cluster
-        )
-    except PlanError as error:  # of what is there now: an autoscaler may add to it
-        logger.warning("hours of %s are not known: %s", search.size, error)
-        return None
+    planned = plan_alone(run, shape, cluster, weights)
+    choosing, confirming = (
+        plan_scoring(scoring, shape, cluster, prompts=number // scoring.asking.samples) for number in answers
+    )
+    return plan_search(
+        search.config, planned, points=search.points, choosing=choosing, confirming=confirming, cluster=cluster
+    )

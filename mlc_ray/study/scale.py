@@ -26,7 +26,7 @@ from mlc_ray.runs import SCALE_FILE, output_place
 from mlc_ray.search.checks import check_search
 from mlc_ray.search.run import search
 from mlc_ray.storage import Place, local_side
-from mlc_ray.study.budget import budget_of
+from mlc_ray.study.budget import budget_of, budget_on
 from mlc_ray.study.failing import failing
 from mlc_ray.study.folder import StudyError
 from mlc_ray.study.scale_record import ScaleRecorder
@@ -79,16 +79,21 @@ def resume_scale(folder: Path | Place) -> StudyResult:
 
 
 def scale_budget(config: ScaleConfig, cluster: Cluster | None = None) -> tuple[SizeBudget, ...]:
-    """What a study would take, and nothing else; bundles are tokenised for it.
+    """What a study would take, and nothing else.
 
     Args:
         config: the study.
-        cluster: what it is to run on (default: the cluster that is there, which must then hold each search).
+        cluster: what it is to run on (default: the cluster that is there, which must then hold each search, and
+            bundles are tokenised for it). For one that is named Ray is not started and nothing is written, and a size
+            that it cannot hold has a `fault`.
     """
     folder = scale_folder(config)
     plan = ScalePlan(config, make_searches(config, folder))
+    if cluster is not None:
+        parameters = {name: size.parameters for name, size in config.sizes.items()}
+        return tuple(budget_on(each, folder, parameters[each.size], cluster) for each in plan.searches)
     _connect(plan, folder)
-    return state_budget(plan, folder, cluster)
+    return state_budget(plan, folder)
 
 
 def scale_folder(config: ScaleConfig) -> Place:
@@ -96,13 +101,12 @@ def scale_folder(config: ScaleConfig) -> Place:
     return (output_place(config.output_dir) / config.name).absolute()
 
 
-def state_budget(plan: ScalePlan, folder: Place, cluster: Cluster | None = None) -> tuple[SizeBudget, ...]:
-    """Check that the cluster that is there can hold each search, and count what it takes; or on another, `cluster`."""
+def state_budget(plan: ScalePlan, folder: Place) -> tuple[SizeBudget, ...]:
+    """Check that the cluster that is there can hold each search, and count what it takes."""
     found = []
     for each in plan.searches:
-        if cluster is None:
-            check_search(each.config, each.space)
-        on = cluster_there(gpu=use_gpu(each.run.cluster.accelerator)) if cluster is None else cluster
+        check_search(each.config, each.space)
+        on = cluster_there(gpu=use_gpu(each.run.cluster.accelerator))
         found.append(budget_of(each, folder, plan.config.sizes[each.size].parameters, on))
         logger.info(
             "%s: %d runs of %d steps, at most %s tokens, %.2g operations, %s answers to score%s", each.size,

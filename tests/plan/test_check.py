@@ -16,12 +16,13 @@ from mlc_ray._registry import resolve
 from mlc_ray.capacity import Growth, Node
 from mlc_ray.cli import build_parser, main
 from mlc_ray.cli.arguments import judge_changes
-from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, load_config
+from mlc_ray.config import EngineSection, ScoreConfig, SearchConfig, TrainConfig, load_config
 from mlc_ray.config.train import ClusterSection
 from mlc_ray.judges.base import make_judge
 from mlc_ray.judges.panel import readers_of
 from mlc_ray.plan.check import check_run
 from mlc_ray.plan.check_engines import check_beside, check_engine
+from mlc_ray.plan.engines import room_of
 from mlc_ray.plan.hardware import Cluster, cluster_of, gpu_of
 from mlc_ray.plan.lengths import assumed
 from mlc_ray.plan.rates import Rates, rates_of, write_calibration
@@ -104,6 +105,18 @@ def test_an_engine_that_cannot_hold_the_model_is_refused():
         check_engine("Qwen/Qwen2.5-0.5B", wide, gpu=True, cluster=EIGHT)
     with pytest.raises(PlanError, match=r"this machine has 24\.0; lower engine\.cpu_kv_cache_gib=2"):
         check_engine(scoring.model, scoring, gpu=False, cluster=Cluster(None, 1, 1, 24 * 2**30))
+
+
+def test_an_engine_lies_on_one_node_and_no_more_are_planned_than_fit():
+    """Of 16 GPUs on nodes of 6, in whose rest no engine of four fits, too."""
+    wide = EngineSection(tensor_parallel=16)
+    with pytest.raises(PlanError, match=r"engine\.tensor_parallel=16, but an engine lies on one node, which has 8"):
+        room_of(wide, cluster_of(16, "h100"))
+    four = EngineSection(tensor_parallel=4, replicas=40)
+    assert (room_of(four, cluster_of(16, "h100")), room_of(four, cluster_of(18, "h100", per_node=6))) == (4, 3)
+    scoring = ScoreConfig(model="Qwen/Qwen2.5-72B", benchmarks=[{"path": "sample:test"}], engine=four)
+    with pytest.raises(PlanError, match=r"engine\.replicas=40 with .*tensor_parallel=4, but 16 GPUs .* hold 4; lower"):
+        check_engine(scoring.model, scoring, gpu=True, cluster=cluster_of(16, "h100"))
 
 
 def test_engines_on_cpus_share_the_memory_of_their_nodes(monkeypatch):
@@ -269,11 +282,28 @@ def test_options_that_nothing_would_read_are_refused(options, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gpus", "0"], "argument --gpus: '0' is no whole number from 1"),
+        (["--gpus-per-node", "-2"], "argument --gpus-per-node: '-2' is no whole number from 1"),
+        (["--node-memory", "-4"], "argument --node-memory: '-4' is no number above 0"),
+    ],
+)
+def test_numbers_of_a_cluster_are_above_0(options, said, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", *options])
+    assert said in capsys.readouterr().err
+
+
 def test_the_command_says_the_same_in_words_and_as_json(capsys):
     asked = ["plan", "--config", "recipe:qwen2.5-7b", "--gpus", "8", "--gpu", "h100"]
     assert main(asked) == 0
     words = capsys.readouterr().out
     assert "it fits" in words
+    assert "of --gpus, not" not in words
+    assert main([*asked, "--set", "cluster.workers=2"]) == 0
+    assert "all 8 GPUs of --gpus, not cluster.workers=2" in capsys.readouterr().out
     assert "AdamW's moments" in words
     assert main([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

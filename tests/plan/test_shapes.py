@@ -2,6 +2,7 @@
 
 import pytest
 
+from mlc_ray.cli import main
 from mlc_ray.plan.shapes import ShapeError, config_of, counted, published, published_config, shape_of
 
 PUBLISHED = {  # what model cards and reports say, in billions
@@ -36,3 +37,24 @@ def test_an_unknown_shape_names_those_that_there_are(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ShapeError, match=r"qwen2\.5-72b"):
         config_of(str(tmp_path))
+
+
+def test_a_size_that_no_published_shape_has_names_those_that_there_are():
+    with pytest.raises(ShapeError, match=r"'671b' is the size of no published shape; name one of .*qwen2\.5-72b"):
+        config_of("671b")
+
+
+def test_what_transformers_cannot_build_is_an_error_of_the_shape():
+    config, name = config_of("qwen2.5-0.5b")
+    shape = shape_of(config, name)
+    config.hidden_act = "none-such"
+    with pytest.raises(ShapeError, match=r"'qwen2\.5-0\.5b': transformers cannot build .*none-such"):
+        counted(shape, config)
+
+
+def test_quantised_weights_are_not_planned_as_plain_ones(tmp_path, capsys):
+    config, _ = config_of("qwen2.5-0.5b")
+    config.quantization_config = {"quant_method": "fp8"}
+    config.save_pretrained(tmp_path)
+    assert main(["plan", "--config", "recipe:quickstart", "--shape", str(tmp_path), "--gpus", "1"]) == 2
+    assert "are quantised, whose memory is not planned" in capsys.readouterr().err

@@ -187,6 +187,8 @@ def test_ten_thousand_gpus_and_a_hundred_million_bundles() -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="gpus=12 are no whole nodes of gpus_per_node=8"):
         settings(gpus=12)
+    with pytest.raises(ConfigError, match=r"step_spread=50: .*less than or equal to 2"):
+        settings(step_spread=50)
     with pytest.raises(SimulationError, match="best_interval"):
         simulate(settings(checkpoint_every="best"))
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
+from mlc_ray.cli import main
 from mlc_ray.cluster import ClusterError
 from mlc_ray.config import ConfigError, ScaleConfig, load_config, parse_config
 from mlc_ray.data.store import TokenArtifact
@@ -18,7 +20,7 @@ from mlc_ray.plan.check_engines import check_engine
 from mlc_ray.plan.hardware import cluster_of
 from mlc_ray.plan.lengths import of_artifact
 from mlc_ray.plan.rates import rates_of
-from mlc_ray.plan.runs import plan_run
+from mlc_ray.plan.runs import PlanError, plan_run
 from mlc_ray.plan.scores import SearchPlan, plan_scoring
 from mlc_ray.plan.shapes import config_of, shape_of
 from mlc_ray.report.scale import budget_table, scale_notes
@@ -282,7 +284,7 @@ def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:
     The reference is asked once, by the workers of one run.
     """
     write_rows(tmp_path / "tokens", [rows_to_table(random_rows(40, head=range(5)))], fingerprint="x", rejected={})
-    tokens = TokenArtifact.open(tmp_path / "tokens")
+    tokens = of_artifact(TokenArtifact.open(tmp_path / "tokens"))
     raw = raw_scale(tmp_path, "a", sizes={"a": {"set": ["model.path=Qwen/Qwen2.5-7B", "cluster.workers=2"]}})
     raw["search"]["concurrency"] = 2
     (search,) = make_searches(parse_config(ScaleConfig, raw), Place(tmp_path))
@@ -290,7 +292,7 @@ def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:
     found = plan_of(search, tokens, (100, 60), cluster)
     assert found is not None
     rates, shape = rates_of(cluster.gpu, "bfloat16"), shape_of(*config_of("qwen2.5-7b"))
-    run = plan_run(search.run, shape, cluster, of_artifact(tokens), rates, dtype="bfloat16", workers=2)
+    run = plan_run(search.run, shape, cluster, tokens, rates, dtype="bfloat16", workers=2)
     scoring = search.config.scoring
     choosing, confirming = (plan_scoring(scoring, shape, cluster, prompts=number).seconds - 72 for number in (100, 60))
     assert (found.trials, found.at_once, found.runs, found.scores) == (4, 2, 5, (5, 3))
@@ -303,7 +305,26 @@ def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:
     assert plan_of(search, tokens, (100, 60), replace(cluster_of(40, "h100"), network=1e9)) == found
     small = plan_of(search, tokens, (100, 60), cluster_of(3, "h100"))
     assert small is not None and small.at_once == 1, "two trials and the engine need five GPUs"
-    assert plan_of(search, tokens, (100, 60), cluster_of(2, "h100")) is None, "an autoscaler may add to it"
+    with pytest.raises(PlanError, match="needs more than the 2 of the cluster"):
+        plan_of(search, tokens, (100, 60), cluster_of(2, "h100"))
+
+
+def test_a_size_that_a_named_cluster_cannot_hold_is_said_without_ray_or_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {
+        name: {"set": [f"model.path={name}", "cluster.workers=2", "data.train=[{path: /none.json}]"]}
+        for name in ("qwen2.5-0.5b", "qwen2.5-32b")
+    }
+    file = tmp_path / "scale.yaml"
+    file.write_text(json.dumps(raw_scale(tmp_path / "study", sizes=sizes)))
+    command = ["scale", "--config", str(file), "--budget", "--gpus", "8", "--json"]
+    assert main(command) == 1
+    small, large = json.loads(capsys.readouterr().out)
+    assert small["fault"] == "" and small["hours"] > 0 and small["tokens"] > 0
+    assert "the largest part is" in large["fault"] and large["hours"] is None
+    assert not (tmp_path / "study").exists() and not ray.is_initialized()
+    assert main([*command[:-1], "--set", "sizes={qwen2.5-0.5b: {set: [model.path=qwen2.5-0.5b]}}"]) == 0
 
 
 def test_hours_of_quantised_weights_are_not_known(tmp_path: Path) -> None:
@@ -315,10 +336,12 @@ def test_hours_of_quantised_weights_are_not_known(tmp_path: Path) -> None:
     config.quantization_config = {"quant_method": "fp8"}
     config.save_pretrained(quantised)
 
+    tokens = of_artifact(TokenArtifact.open(tmp_path / "tokens"))
+
     def known(model: Path) -> bool:
         raw = raw_scale(tmp_path, "a", sizes={"a": {"set": [f"model.path={model}", "cluster.workers=2"]}})
         (search,) = make_searches(parse_config(ScaleConfig, raw), Place(tmp_path))
-        return plan_of(search, TokenArtifact.open(tmp_path / "tokens"), (100, 60), cluster_of(8, "h100")) is not None
+        return plan_of(search, tokens, (100, 60), cluster_of(8, "h100")) is not None
 
     assert known(plain) and not known(quantised)
 
@@ -326,7 +349,7 @@ def test_hours_of_quantised_weights_are_not_known(tmp_path: Path) -> None:
 def test_hours_have_the_samples_of_each_prompt_once(tmp_path: Path) -> None:
     """Four answers to each of 100 prompts are 400: engines are asked the 100, four times each."""
     write_rows(tmp_path / "tokens", [rows_to_table(random_rows(40, head=range(5)))], fingerprint="x", rejected={})
-    tokens, cluster = TokenArtifact.open(tmp_path / "tokens"), cluster_of(8, "h100")
+    tokens, cluster = of_artifact(TokenArtifact.open(tmp_path / "tokens")), cluster_of(8, "h100")
     raw = raw_scale(tmp_path, "a", sizes={"a": {"set": ["model.path=Qwen/Qwen2.5-7B", "cluster.workers=2"]}})
     raw["search"]["scoring"]["asking"] = {"samples": 4, "temperature": 0.7}
     (search,) = make_searches(parse_config(ScaleConfig, raw), Place(tmp_path))
@@ -342,7 +365,7 @@ def test_hours_have_the_samples_of_each_prompt_once(tmp_path: Path) -> None:
 
 def test_hours_have_the_probe_and_judges_and_say_what_they_leave_out(tmp_path: Path) -> None:
     write_rows(tmp_path / "tokens", [rows_to_table(random_rows(40, head=range(5)))], fingerprint="x", rejected={})
-    tokens, cluster = TokenArtifact.open(tmp_path / "tokens"), cluster_of(8, "h100")
+    tokens, cluster = of_artifact(TokenArtifact.open(tmp_path / "tokens")), cluster_of(8, "h100")
 
     def plan(judge: str | dict[str, str] = "refusal", **search: Any) -> SearchPlan:
         raw = raw_scale(tmp_path, "a", sizes={"a": {"set": ["model.path=Qwen/Qwen2.5-7B", "cluster.workers=2"]}})
@@ -360,7 +383,7 @@ def test_hours_have_the_probe_and_judges_and_say_what_they_leave_out(tmp_path: P
         "a": {"set": ["model.path=Qwen/Qwen2.5-7B", "cluster.workers=2"]}
     })), Place(tmp_path))  # fmt: skip
     shape, rates = shape_of(*config_of("qwen2.5-7b")), rates_of(cluster.gpu, "bfloat16")
-    run = plan_run(search.run, shape, cluster, of_artifact(tokens), rates, dtype="bfloat16", workers=2)
+    run = plan_run(search.run, shape, cluster, tokens, rates, dtype="bfloat16", workers=2)
     forward = 16 * (run.seconds.compute * 2 / search.run.train.batch_bundles) / 3
     assert probed.probe_seconds == pytest.approx(forward) and plain.probe_seconds == 0
     assert probed.seconds == pytest.approx(plain.seconds + forward)
