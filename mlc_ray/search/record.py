@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,12 @@ class Recorder(ray.tune.Callback):
         """Called by Tune for every trial that failed."""
         self._errors += 1
         self._began.pop(trial.trial_id, None)
-        name, said = trial.config[FOLDER], _said(trial)
+        name = trial.config[FOLDER]
+        folder = self._shared.trial_folder(name)
+        said = _said(trial, folder)
         first = said.partition("\n")[0]
         self.failed.append(f"{name}: {first}")
         logger.warning("trial %s  %s  failed: %s", name, _values(trial.config[VALUES]), first)
-        folder = self._shared.trial_folder(name)
         self._mark_failed(folder, said)
         if folder.is_dir() and (found := read_trial(self._shared, folder)) is not None:
             self.trials[found.name] = found
@@ -167,8 +169,10 @@ _RAISED = re.compile(r"^(?:mlc_ray\.(?:\w+\.)*[A-Z]\w*: |(?=(?:\w+\.)*[A-Z]\w*(?
 """Where a traceback ends and says what was raised: what our own errors say, and others with their class."""
 
 
-def _said(trial: Any) -> str:
-    """What Tune's trial failed of, by the text that Tune writes on this machine before it calls back."""
+def _said(trial: Any, folder: Place) -> str:
+    """What a trial failed of: as its run says, which knows how workers die, else as Tune writes before it calls back."""
+    with suppress(OSError, ValueError, KeyError):
+        return str((folder / FAILED_FILE).read_json()["message"])
     text = "" if trial.error_file is None else Path(trial.error_file).read_text(encoding="utf-8")
     text = text.rpartition("Failure # ")[2].partition("\n")[2].strip()
     raised = [*_RAISED.finditer(text)]

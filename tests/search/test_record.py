@@ -66,6 +66,9 @@ def test_a_trial_that_fails_is_named_with_its_reason(
     recorder.on_trial_error(4, [], failed(tmp_path, "d", raised(ValueError("no such layer"))))
     recorder.on_trial_error(5, [], failed(tmp_path, "e", OSError()))
     assert recorder.failed[-2:] == ["d: ValueError: no such layer", "e: Tune says no reason"]
+    (shared.trial_folder("f") / "failed.json").write_json({"message": "its node ran out of memory"})
+    recorder.on_trial_error(6, [], failed(tmp_path, "f", raised(RuntimeError("worker errors:"))))
+    assert recorder.failed[-1] == "f: its node ran out of memory"
     kept = {name: shared.trial_folder(name) / "failed.json" for name in ("a", "b", "c")}
     assert kept["a"].read_json() == {"message": "'/shared/x' cannot be read\nmore of it"}
     assert kept["c"].is_file() and not kept["b"].is_file()  # which its own file says

@@ -180,7 +180,7 @@ def test_an_answer_that_is_cut_off_ends_at_its_last_sentence_or_is_not_used(tmp_
         ("Wash the rice. Then boil it.", "Wash the rice. Then boil it."),
         ("First wash the rice. It costs $3.", "First wash the rice."),
         ("It was built in the year 1990. Then", "It was built in the year 1990."),
-        ("Lavez bien le riz. Ensuite 2. Faites-le", "Lavez bien le riz."),
+        ("Lavez bien le riz froid. Ensuite 2. Faites-le", "Lavez bien le riz froid."),
         ("Run this program first.\n```\nprint('Hi.')\n# It says hi. Then", "Run this program first."),
         ("Run this first:\n```\nprint()\n```\nIt says hi. Then", "Run this first:\n```\nprint()\n```\nIt says hi."),
         ("መጀመሪያ ሩዙን በደንብ እጠበው። ከዚያ", "መጀመሪያ ሩዙን በደንብ እጠበው።"),
