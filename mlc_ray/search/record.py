@@ -170,7 +170,7 @@ _RAISED = re.compile(r"^(?:mlc_ray\.(?:\w+\.)*[A-Z]\w*: |(?=(?:\w+\.)*[A-Z]\w*(?
 
 
 def _said(trial: Any, folder: Place) -> str:
-    """What a trial failed of: as its run says, which knows how workers die, else as Tune writes before it calls back."""
+    """What a trial failed of: as its run says, else by the text that Tune writes before it calls back."""
     with suppress(OSError, ValueError, KeyError):
         return str((folder / FAILED_FILE).read_json()["message"])
     text = "" if trial.error_file is None else Path(trial.error_file).read_text(encoding="utf-8")

@@ -74,7 +74,7 @@ def decide(config: TranslateConfig, before: Mapping[str, Any] | None) -> Decided
         )
     for code in config.languages:
         if not language_name(code):
-            near = get_close_matches(code, NAMES, n=1, cutoff=0.5)
+            near = [code[:2]] if code[:2] in NAMES else get_close_matches(code, NAMES, n=1, cutoff=0.5)  # `en` of `eng`
             hint = f"; did you mean {near[0]!r} ({NAMES[near[0]]})?" if near else ""
             raise TranslationError(
                 f"languages has {code!r}, a language without a known name, by which a translator is asked{hint}"
