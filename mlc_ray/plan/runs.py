@@ -26,7 +26,6 @@ from mlc_ray.plan.memory import (
     holding_of,
     node_parts,
     peak,
-    reduction,
     reference_part,
     states,
     zero_extra,
@@ -147,14 +146,7 @@ def _budget(config: TrainConfig, shape: Shape, held: Holding, weights: Weights, 
         return said
     if held.device == "cpu":
         return CPU_TOKENS
-    there = [
-        *states(held),
-        *reference_part(held),
-        gradients(held),
-        gathered(held, shape),
-        bucket(held),
-        reduction(held),
-    ]
+    there = [*states(held), *reference_part(held), gradients(held), gathered(held, shape), bucket(held)]
     free = limit - CUDA_CONTEXT - sum(part.bytes for part in there)
     return tokens_in(free, config, shape, weights, size=held.size, workers=held.workers, kept_share=kept)
 
