@@ -15,11 +15,20 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def failing(
-    failures: MutableMapping[str, str], name: str, ends: tuple[type[MlcRayError], ...] = (ScorerDiedError,)
+    failures: MutableMapping[str, str],
+    name: str,
+    *,
+    again: str,
+    ends: tuple[type[MlcRayError], ...] = (ScorerDiedError,),
 ) -> Iterator[None]:
-    """Within, errors go into `failures` under the cell's name; SIGTERM, Ctrl-C and those of `ends` are raised."""
+    """Within, errors go into `failures` under the cell's name; SIGTERM, Ctrl-C and those of `ends` are raised.
+
+    Ctrl-C names `again`, the command that goes on with the study; a run or a search in it names its own.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"to go on: {again}") from None
     except PreemptedError:
         raise
     except MlcRayError as error:

@@ -166,7 +166,7 @@ def _study(plan: Plan, prompts: Prompts, folder: Place) -> StudyResult:
     for model in plan.config.models:
         cells = [cell for cell in plan.cells if cell.model == model]
         for cell in cells:
-            with failing(recorder.failures, cell.name):
+            with failing(recorder.failures, cell.name, again=f"mlc-ray study --resume {folder}"):
                 _train(cell, folder)
             recorder.write()
         _score(plan, prompts, folder, model, cells, recorder)
@@ -348,7 +348,7 @@ def _score(plan: Plan, prompts: Prompts, folder: Place, model: str, cells: Seque
         return
     try:
         for target, name, weights in jobs:
-            with failing(recorder.failures, name):
+            with failing(recorder.failures, name, again=f"mlc-ray study --resume {folder}"):
                 _score_one(scorer, scoring, prompts, target, weights)
             if name in recorder.failures:
                 scorer.check()
@@ -385,7 +385,7 @@ def _measure_utility(plan: Plan, folder: Place, model: str, cells: Sequence[Cell
             continue
         if wanted := unmeasured(section.tasks, score):
             own = {"model": weights, "scores": str(score), "tasks": wanted}
-            with failing(recorder.failures, name):
+            with failing(recorder.failures, name, again=f"mlc-ray study --resume {folder}"):
                 measure_utility(parse_config(UtilityConfig, {**section.model_dump(exclude_unset=True), **own}))
             recorder.write()
 

@@ -129,7 +129,7 @@ def _scale(plan: ScalePlan, folder: Place) -> StudyResult:
         if is_over(each, folder):
             continue
         logger.info("searching %s", each.size)
-        with failing(recorder.failures, each.size, ends=()):
+        with failing(recorder.failures, each.size, again=f"mlc-ray scale --resume {folder}", ends=()):
             search(each.config)
         recorder.write()
     result = recorder.write()

@@ -300,9 +300,12 @@ def test_a_study_states_it_before_its_first_cell(
 
     def trained(*_: Any) -> None:
         assert "4 runs and 5 scores of 240 answers: at most" in caplog.text
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("to go on: mlc-ray train --resume cell")
 
     monkeypatch.setattr(running, "_train", trained)
-    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(KeyboardInterrupt, match=f"to go on: mlc-ray study --resume {tmp_path}/s$"),
+    ):
         running._study(plan, asked(), Place(tmp_path / "s"))
     assert "data: measured: 12 prepared bundles" in caplog.text
