@@ -115,7 +115,6 @@ def test_the_whole_quickstart(repository: Path, smollm2: Path, tmp_path: Path) -
     (tmp_path / "translate" / "quickstart.yaml").write_text(yaml.safe_dump(own))
     settings = [
         f"output_dir={tmp_path / 'runs'}",
-        "data.train.1.share=1",
         "data.languages=[en,fr]",
         "train.max_steps=1",
     ]
