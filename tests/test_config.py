@@ -166,7 +166,7 @@ def test_the_row_of_ours_differs_from_its_control_by_its_terms() -> None:
 
 
 def test_no_config_file_is_left_out() -> None:
-    assert {p.name for p in TRAIN_FILES} >= {"quickstart.yaml", "smollm2.yaml", "qwen2.5-7b.yaml", "gemma-2-9b.yaml"}
+    assert {p.name for p in TRAIN_FILES} >= {"quickstart.yaml", "qwen2.5-7b.yaml", "gemma-2-9b.yaml"}
     assert SCORE_FILES
     assert SEARCH_FILES
     assert TRANSLATE_FILES and {file.name for file in STUDY_FILES} == {"paper.yaml", "small.yaml"}
@@ -180,7 +180,7 @@ def test_no_config_file_is_left_out() -> None:
 def test_shipped_recipes_go_on_by_the_same_command(file: Path) -> None:
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert content["resume"] == "auto"
-    if file in TRAIN_FILES and file.name not in ("smollm2.yaml", "quickstart.yaml"):  # which have 12 and 64 steps
+    if file in TRAIN_FILES and file.name != "quickstart.yaml":  # which has 12 steps
         assert content["cluster"]["max_failures"] == 3 and content["checkpoint"]["every"] <= 50
 
 
@@ -385,8 +385,8 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     ("schema", "file", "named"),
     [
         (TrainConfig, "recipe:score/quickstart", r"settings of `mlc-ray score`; those of `mlc-ray train` are .*mlc"),
-        (ScoreConfig, "recipe:smollm2", "settings of `mlc-ray train`; those of `mlc-ray score` are .*judge"),
-        (SearchConfig, "recipe:smollm2", "settings of `mlc-ray train`"),
+        (ScoreConfig, "recipe:quickstart", "settings of `mlc-ray train`; those of `mlc-ray score` are .*judge"),
+        (SearchConfig, "recipe:quickstart", "settings of `mlc-ray train`"),
     ],
 )
 def test_a_file_of_another_command_is_told_in_a_line(schema: type[Section], file: str, named: str) -> None:
@@ -486,7 +486,7 @@ def test_settings_made_in_python_are_those_of_their_component(changes: dict[str,
 def test_overrides() -> None:
     config = load_config(
         TrainConfig,
-        CONFIGS / "smollm2.yaml",
+        CONFIGS / "quickstart.yaml",
         [
             "mlc.layer=20",
             "optimizer.learning_rate=3e-5",  # a string in YAML 1.1
@@ -523,7 +523,7 @@ def test_overrides() -> None:
 )
 def test_bad_overrides(override: str, part: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(part)):
-        load_config(TrainConfig, CONFIGS / "smollm2.yaml", [override])
+        load_config(TrainConfig, CONFIGS / "quickstart.yaml", [override])
 
 
 def test_override_of_a_list_entry_itself() -> None:

@@ -76,7 +76,7 @@ def test_train_as_a_ray_job(head: Head, repository: Path, smollm2: Path, tmp_pat
         "train.batch_bundles=2",
         "data.languages=[en,fr]",
     ]
-    submit(head, repository, ["train", "--config", "configs/smollm2.yaml"], settings)
+    submit(head, repository, ["train", "--config", "configs/quickstart.yaml"], settings)
 
     run = tmp_path / "job"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -86,6 +86,6 @@ def test_train_as_a_ray_job(head: Head, repository: Path, smollm2: Path, tmp_pat
     assert (checkpoint / "model" / "model.safetensors").is_file()
     # .gitignore keeps the environment, the models and earlier runs out of what is sent to the cluster
     (sent,) = (path for path in head.folder.glob("session_2*/runtime_resources/working_dir_files/*") if path.is_dir())
-    assert (sent / "configs" / "smollm2.yaml").is_file()
+    assert (sent / "configs" / "quickstart.yaml").is_file()
     assert not {path.name for path in sent.iterdir()} & {".venv", ".cache", "runs", ".git"}
     assert sum(path.stat().st_size for path in sent.rglob("*") if path.is_file()) < 20 * 2**20

@@ -155,11 +155,11 @@ def test_a_simulated_run_needs_the_extra_that_says_so() -> None:
 @pytest.mark.parametrize(
     ("arguments", "extra"),
     [
-        (("train", "--config", "recipe:smollm2"), "train"),
+        (("train", "--config", "recipe:quickstart"), "train"),
         (("score", "m", "--benchmark", "sample:test"), "score"),
         (("probe", "m", "--bundles", "sample:train"), "all"),
         (("report", "runs"), "report"),
-        (("plan", "--config", "recipe:smollm2"), "all"),
+        (("plan", "--config", "recipe:quickstart"), "all"),
     ],
 )
 def test_a_command_names_the_extra_that_it_lacks(arguments: tuple[str, ...], extra: str, tmp_path: Path) -> None:

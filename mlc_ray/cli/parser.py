@@ -112,7 +112,7 @@ _PLAN = """\
 Nothing is started or downloaded; docs/plan.md has the formulas.
   mlc-ray plan --config recipe:qwen2.5-7b --gpus 8 --gpu h100
   mlc-ray plan --config recipe:qwen2.5-7b --shape 72b --gpus 64 --set engine.stage=3 --json
-  mlc-ray plan --config recipe:smollm2 --calibrate
+  mlc-ray plan --config recipe:quickstart --calibrate
   mlc-ray plan --simulate recipe:simulation/72b --set gpus=10000 --set preemptions_per_node_day=0.1
 """
 

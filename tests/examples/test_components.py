@@ -52,7 +52,7 @@ def test_a_term_of_ones_own_sees_the_sign_that_mlc_does_not():
 
 
 def test_their_settings_are_validated_like_all_others(repository):
-    file, sign = repository / "configs/smollm2.yaml", "terms.sign.name=examples.my_term:SameSign"
+    file, sign = repository / "configs/quickstart.yaml", "terms.sign.name=examples.my_term:SameSign"
     with pytest.raises(ConfigError, match=r"objective\.beta=0\.1: no such field \(valid here: loss, margin, sft_w"):
         load_config(TrainConfig, file, ["objective.loss=examples.my_loss:Hinge"])
     config = load_config(TrainConfig, file, [sign])

@@ -268,13 +268,13 @@ def test_a_judge_that_is_a_model_has_its_time():
     ("options", "said"),
     [
         (["--simulate", "recipe:simulation/72b", "--gpus", "64"], "--gpus 64 is not read with --simulate"),
-        (["--simulate", "recipe:simulation/72b", "--config", "recipe:smollm2"], "is not read with --simulate"),
+        (["--simulate", "recipe:simulation/72b", "--config", "recipe:quickstart"], "is not read with --simulate"),
         (
-            ["--calibrate", "--config", "recipe:smollm2", "--shape", "72b"],
+            ["--calibrate", "--config", "recipe:quickstart", "--shape", "72b"],
             "--shape 72b is not read with --calibrate",
         ),
-        (["--config", "recipe:smollm2", "--gpu", "h200"], "--gpu h200 says what --gpus N are"),
-        (["--config", "recipe:smollm2", "--node-memory", "64"], "--node-memory 64.0 says what --gpus N are"),
+        (["--config", "recipe:quickstart", "--gpu", "h200"], "--gpu h200 says what --gpus N are"),
+        (["--config", "recipe:quickstart", "--node-memory", "64"], "--node-memory 64.0 says what --gpus N are"),
     ],
 )
 def test_options_that_nothing_would_read_are_refused(options, said, capsys):
@@ -392,7 +392,7 @@ def test_what_the_named_cluster_cannot_hold_at_all_is_said(kind, options, said, 
 
 def test_a_search_on_cpus_pays_its_scores():
     config = load_config(SearchConfig, "configs/search/demo.yaml")
-    base = load_config(TrainConfig, "configs/smollm2.yaml")
+    base = load_config(TrainConfig, "configs/quickstart.yaml")
     cluster = Cluster(None, 1, 1, 24 * 2**30)
     shape, rates = shape_of(*config_of("smollm2-135m")), rates_of(None, "bfloat16")
     planned = plan_run(base, shape, cluster, assumed(base), rates, dtype="bfloat16", workers=1)

@@ -31,7 +31,7 @@ from tests.data.files import read_file, write_rows
 from tests.train.tiny import random_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-QUICKSTART = str(REPOSITORY / "configs" / "smollm2.yaml")
+QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
 
 
 def search_config(**changes: Any) -> SearchConfig:
@@ -201,7 +201,7 @@ def test_losses_are_searched_with_the_fields_that_all_of_them_have(sampler: str)
         ),
         (
             {"space": {"objective.loss": ["dpo", "sft"]}},
-            r"objective\.loss='sft' has no field beta, but train='.*smollm2\.yaml' with set gives objective\.beta",
+            r"objective\.loss='sft' has no field beta, but train='.*quickstart\.yaml' with set gives objective\.beta",
         ),
         (
             {"space": {"objective.loss": ["simpo", "orpo"]}, "set": ["objective.margin=1.0"]},

@@ -30,7 +30,7 @@ def raw_scale(folder: Path, *sizes: str, **changes: Any) -> dict[str, Any]:
         "name": folder.name,
         "output_dir": str(folder.parent),
         "sizes": {size: {"set": [f"model.path=/models/{size}"]} for size in sizes},
-        "train": "recipe:smollm2",
+        "train": "recipe:quickstart",
         "search": {
             "space": {"mlc.layer": {"choice": list(LAYERS)}, "mlc.weight": {"choice": list(WEIGHTS)}},
             "sampler": "grid",
