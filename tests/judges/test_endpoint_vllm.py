@@ -95,7 +95,8 @@ def test_a_real_server_is_asked_and_an_unreliable_judge_is_never_taken_for_safe(
     chat = ChatEndpoint(endpoint, tmp_path)
     paris = [{"role": "user", "content": "What is the capital of France?"}]
     [reply] = chat.ask([paris])
-    assert reply.text and reply.finish in ("stop", "length")  # what so small a model says differs between processors
+    # What so small a model says, and whether it ends within the limit, differs between processors.
+    assert reply.text and (reply.finish, reply.fault == "") in {("stop", True), ("length", False)}
     [cut] = ChatEndpoint(endpoint.model_copy(update={"max_reply_tokens": 2}), tmp_path).ask([paris])
     assert cut.finish == "length"
     assert reply.text.startswith(cut.text)
