@@ -73,10 +73,6 @@ class StudyConfig(Section):
             if strangers := sorted(model.methods.keys() - self.methods.keys()):
                 known = ", ".join(self.methods)
                 raise ValueError(f"models.{name}.methods.{strangers[0]} is no method of the study ({known})")
-            if model.lora is not None:
-                raise ValueError(
-                    f"models.{name}.lora: a study trains whole models; compare runs of adapters by `mlc-ray compare`"
-                )
         pairs = [(model, method) for model in self.models for method in self.methods]
         names = [f"{model}-{method}" for model, method in pairs]
         if twice := [name for name in names if names.count(name) > 1]:

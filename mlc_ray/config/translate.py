@@ -118,6 +118,10 @@ class OnPolicySection(Section):
         """Whether a prompt of `kind` takes a refusal: what is rejected, or of a harmful one what is chosen."""
         return self.pairs or kind == "harmful"
 
+    def asks(self, kind: Kind, code: str) -> bool:
+        """Whether anything that the model says to a prompt as it stands could be used."""
+        return kind == "benign" or self.pairs or code not in self.refusals
+
     @model_validator(mode="after")
     def _refusals_are_read(self) -> OnPolicySection:
         _refuse_repeated("answers.kinds", self.kinds)

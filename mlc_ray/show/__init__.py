@@ -87,7 +87,10 @@ def _translation(folder: Place) -> list[Line]:
         lines.append((each.part, f"{each.language}: {each.accepted} of {each.asked} accepted{median}"))
     lines += [("twins", f"{each.kind}: {each.accepted} of {each.asked} accepted") for each in quality.twins]
     lines += [
-        ("own answers", f"{each.language}, {each.kind}: {each.kept} of {each.asked} kept, {each.refused} refuse")
+        (
+            "own answers",
+            f"{each.language}, {each.kind}: {each.kept} of {each.prompts} kept, {each.refused} of {each.asked} asked refuse",
+        )
         for each in quality.own
     ]
     lines.append(("report", str(folder / QUALITY_TEXT)))

@@ -309,7 +309,8 @@ def _train(cell: Cell, folder: Place) -> None:
     logger.info("cell %s", cell.name)
     train(cell.config.model_copy(update={"output_dir": str(run.parent)}))
     (run / MODEL_FOLDER).remove()  # half of it, where storage has no rename and a process died while it wrote it
-    export(run, run / MODEL_FOLDER, trust_remote_code=True)  # its components ran in this very study
+    adapters = cell.config.model.lora is not None  # engines are given whole weights
+    export(run, run / MODEL_FOLDER, merge_lora=adapters, trust_remote_code=True)  # its code ran in this very study
     _finish(run)
 
 

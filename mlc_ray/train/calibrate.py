@@ -12,7 +12,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,6 +44,11 @@ from mlc_ray.types import Batch, Bundle, TokenRow, move
 
 REPEATS = 5
 """Times of each are the median of so many."""
+
+SHAPES = 8
+"""Different forwards before memory is measured on a CPU: of so many the heap of SmolLM2-135M grew from 1.1 times what is
+counted to 2.1 times, since glibc cannot use again what tensors of another size left and oneDNN keeps kernels for each
+shape; of twenty to 2.3 times (bfloat16, an Intel Xeon with AMX)."""
 
 STEPPED, SENT = 2**25, 2**24
 """Elements that AdamW steps, and that workers add up."""
@@ -153,7 +158,7 @@ def probe(settings: dict[str, object], device: str, threads: int, bundles: int) 
     """Measure this process's device by a forward and backward of one bundle, and of several."""
     torch.set_num_threads(threads)
     config = parse_config(TrainConfig, settings)
-    rows = rows_of(config, bundles)
+    rows = rows_of(config, bundles if device == "cuda" else bundles + SHAPES - 1)
     languages = sorted({code for row in rows for code in row.languages})
     policy = load_policy(config.model)
     depth = policy.config.get_text_config().num_hidden_layers
@@ -172,11 +177,12 @@ def probe(settings: dict[str, object], device: str, threads: int, bundles: int) 
         )
         return move(made, torch.device(device))
 
-    few, many = batch(rows[:1]), batch(rows)
+    few, many = batch(rows[:1]), batch(rows[:bundles])
+    shapes = [few, many] if device == "cuda" else [batch(rows[at : at + bundles]) for at in range(SHAPES)]
     work = Work.of(module, lambda parameter: tuple(parameter.shape))
     for weight in module.parameters():  # as an engine that reduces gradients while the backward goes on
         weight.register_post_accumulate_grad_hook(_dropped)
-    kept = _kept(module, few, many, device)
+    kept = _kept(module, shapes, device)
     seconds = tuple(_median(partial(_forward_backward, module, each), device) for each in (few, many))
     flops = tuple(work.step(each) if work is not None else 0.0 for each in (few, many))
     reading = READS * sum(weight.numel() * weight.element_size() for weight in module.parameters())
@@ -197,16 +203,17 @@ def _forward_backward(module: PolicyWithExtractor, batch: Batch) -> None:
     _loss(module, batch).backward()
 
 
-def _kept(module: PolicyWithExtractor, few: Batch, batch: Batch, device: str) -> float:
-    """Bytes that a forward holds, in units of what is counted of it.
+def _kept(module: PolicyWithExtractor, shapes: Sequence[Batch], device: str) -> float:
+    """Bytes that the largest forward holds after those of all `shapes`, in units of what is counted of it.
 
-    On a CPU after others of another size, since what an allocator cannot use again of their memory comes on top; on a
-    GPU what is allocated, after one in which kernels were chosen and workspaces made.
+    On a CPU what an allocator cannot use again of the others' memory is in it; on a GPU it is what is allocated, after
+    one in which kernels were chosen and workspaces made.
     """
     gc.collect()
     before = _held(device)
-    for each in (few, batch, few, batch):
+    for each in shapes:
         _forward_backward(module, each)
+    batch = max(shapes, key=lambda each: each.tree.tokens)
     if device == "cuda":
         before = _held(device)
     config = module.language_model.config

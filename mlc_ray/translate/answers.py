@@ -156,13 +156,16 @@ def own_answers(
     shard: Shard, name: str, settings: OnPolicySection, work: Work, judge: AnswerJudge, tools: Tools
 ) -> None:
     """Let the model answer the prompts of a shard, and say which of its answers are used."""
-    asked = [
-        (draft, code, prompt)
-        for draft in shard.drafts
-        if draft.bundle.kind in settings.kinds
-        for code, prompt in draft.prompts().items()
-        if code in answered_in(settings, draft.bundle, draft.prompts())
-    ]
+    asked = list[tuple[Draft, str, str]]()
+    for draft in shard.drafts:
+        if draft.bundle.kind not in settings.kinds:
+            continue
+        used = answered_in(settings, draft.bundle, draft.prompts())
+        for code, prompt in draft.prompts().items():
+            if code in used and settings.asks(draft.bundle.kind, code):
+                asked.append((draft, code, prompt))
+            elif code in used:
+                draft.own.append(Own(code, "", "kept", refusal=settings.refusals[code], asked=False))
     rows = [_row(draft.bundle.bundle_id, draft.bundle.kind, code, PLAIN, prompt) for draft, code, prompt in asked]
     declining = [index for index, (draft, code, _) in enumerate(asked) if _declines(draft, code, settings)]
     for index in declining:

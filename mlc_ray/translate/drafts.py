@@ -60,7 +60,8 @@ class Own:
     """What is used of what a model says to a prompt of a bundle: an `answer`, and a `refusal` of it or of the settings.
 
     `outcome` is of both, as they are used; `plain` of the answer alone, which a harmful prompt can do without.
-    `replies` are all that it said, as it was asked and asked to decline, used or not.
+    `replies` are all that it said, as it was asked and asked to decline, used or not; none where it was not `asked`,
+    since the settings give all that is used.
     """
 
     language: str
@@ -70,6 +71,7 @@ class Own:
     refusal: str | None = None
     plain: Outcome = "kept"
     shortened: bool = False
+    asked: bool = True
     replies: list[Reply] = field(default_factory=list)
 
 

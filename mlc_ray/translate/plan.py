@@ -186,8 +186,9 @@ def _answers(config: TranslateConfig, settings: OnPolicySection, drafts: Sequenc
             codes = answered_in(settings, bundle, {*bundle.prompts, *config.languages})
             declining = codes - settings.refusals.keys() if settings.needs_refusal(bundle.kind) else set[str]()
             length = len(bundle.prompts["en"].encode()) / BYTES_A_TOKEN
-            asked += [(bundle.kind, code, length) for code in (*codes, *declining)]
-            read += len(codes) * (length + _TEMPLATE) + len(declining) * (length + 5 * _TEMPLATE)
+            plainly = [code for code in codes if settings.asks(bundle.kind, code)]
+            asked += [(bundle.kind, code, length) for code in (*plainly, *declining)]
+            read += len(plainly) * (length + _TEMPLATE) + len(declining) * (length + 5 * _TEMPLATE)
     if not asked:
         return
     most = settings.max_new_tokens

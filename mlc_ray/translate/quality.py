@@ -57,7 +57,7 @@ class TwinQuality:
 
 @dataclass
 class OwnQuality:
-    """A model's own answers to prompts of a kind in a language.
+    """A model's own answers to prompts of a kind in a language: `asked` plus those with a refusal of the settings alone.
 
     `refused` and `other_language` count plain answers that refuse, or are in another language, whatever became of them;
     `shortened` those that end at their last whole sentence; `distinct_refusals` how many different texts the refusals
@@ -66,6 +66,7 @@ class OwnQuality:
 
     language: str
     kind: str
+    prompts: int = 0
     asked: int = 0
     refused: int = 0
     other_language: int = 0
@@ -141,7 +142,8 @@ class Counts:
     def own(self, own: Own, kind: str) -> None:
         """An own answer to a prompt of `kind`."""
         found = self._own.setdefault((own.language, kind), OwnQuality(own.language, kind))
-        found.asked += 1
+        found.prompts += 1
+        found.asked += own.asked
         found.refused += own.plain == "refused"
         found.other_language += own.plain == "other language"
         found.shortened += own.shortened and own.outcome == "kept"
@@ -231,8 +233,9 @@ def tables(quality: Quality) -> list[Table]:
             row(
                 f"{_language(each.language)}, {each.kind}",
                 [
+                    str(each.prompts),
                     str(each.asked),
-                    _share(each.kept, each.asked),
+                    _share(each.kept, each.prompts),
                     _share(each.refused, each.asked),
                     _share(each.other_language, each.asked),
                     str(each.shortened),
@@ -244,6 +247,7 @@ def tables(quality: Quality) -> list[Table]:
         ]
         head = [
             "prompts",
+            "number",
             "asked",
             "kept %",
             "answer refuses %",

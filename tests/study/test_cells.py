@@ -58,7 +58,6 @@ def test_a_model_is_the_section_of_a_run_without_what_the_study_adds() -> None:
         ({"methods": {"x": ["objective.loss=sft"]}}, "method 'x' on model 'a'.*beta"),
         ({"models": {"a": {"path": "m", "methods": {"q": []}}}}, "models.a.methods.q is no method of the study"),
         ({"models": {"a": {"path": "m", "set": ["output_dir=x"]}}}, "models.a.set: 'output_dir=x' sets output_dir"),
-        ({"models": {"a": {"path": "m", "lora": {"rank": 4}}}}, "models.a.lora: a study trains whole models"),
         ({"models": {}}, "models: .*at least 1"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] names a seed twice"),
         ({"seeds": []}, "seeds=.*at least 1"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from mlc_ray.config import ConfigError, parse_config
 from mlc_ray.config.study import StudyConfig
@@ -20,7 +21,9 @@ from mlc_ray.report.study import load_study
 from mlc_ray.report.write import write_report
 from mlc_ray.show import show
 from mlc_ray.study.folder import StudyError
-from mlc_ray.study.run import resume_study, study
+from mlc_ray.storage import Place
+from mlc_ray.study.cells import make_cells
+from mlc_ray.study.run import _train, resume_study, study
 
 pytestmark = pytest.mark.slow
 SECONDS = 400
@@ -109,3 +112,17 @@ def test_a_killed_study_goes_on_and_repeats_no_cell(ray_local: Any, small_llama:
     written = scores.stat().st_mtime_ns
     assert resume_study(folder).rows == result.rows
     assert scores.stat().st_mtime_ns == written
+
+
+def test_a_cell_of_adapters_gives_engines_a_whole_model(ray_local: Any, small_llama: Path, tmp_path: Path) -> None:
+    raw = settings(tmp_path, small_llama, ray_local.get_runtime_context().gcs_address)
+    raw["models"]["llama"]["lora"] = {"rank": 4}
+    (cell, *_) = make_cells(parse_config(StudyConfig, raw))
+    _train(cell, Place(tmp_path))
+    made = tmp_path / "cells" / cell.name / "model"
+    assert (made / "mlc_ray.json").is_file() and not (made / "adapter_config.json").exists()
+    before = AutoModelForCausalLM.from_pretrained(small_llama).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(made).state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name, weight in before.items() if not weight.equal(after[name])}
+    assert changed and all("_proj" in name for name in changed)

@@ -224,6 +224,23 @@ def test_what_a_model_refuses_by_itself_is_its_refusal(tmp_path: Path, tools: To
     assert own["es"].refusal == NO["es"]  # of the settings: as it is
 
 
+def test_a_prompt_whose_refusal_is_all_that_is_used_is_not_asked(tmp_path: Path, tools: Tools) -> None:
+    section = settings(kinds=["harmful"], pairs=False, refusals={"es": NO["es"]})
+    own, asked = answered(bundle(kind="harmful"), section, good, tmp_path, tools)
+    assert asked[0] == RICE["en"] and len(asked) == 2 and "in English," in asked[1]
+    assert (own["es"].outcome, own["es"].refusal, own["es"].asked, own["es"].replies) == ("kept", NO["es"], False, [])
+    counts = Counts("n")
+    for each in own.values():
+        counts.own(each, "harmful")
+    assert {each.language: (each.prompts, each.asked, each.kept) for each in counts.result().own} == {
+        "en": (1, 1, 1), "es": (1, 0, 1),
+    }  # fmt: skip
+    told = settings(kinds=["harmful"], pairs=False, refusals=NO)
+    assert answered(bundle(kind="harmful"), told, good, tmp_path, tools)[1] == []
+    paired = settings(kinds=["harmful"], refusals=NO)  # what it says complies, and is rejected
+    assert answered(bundle(kind="harmful"), paired, good, tmp_path, tools)[1] == [*RICE.values()]
+
+
 def test_an_answer_that_was_cut_off_is_no_rejected_answer(tmp_path: Path, tools: Tools) -> None:
     def cut(how: str, language: str) -> tuple[str, str]:
         return (

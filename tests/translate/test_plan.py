@@ -38,6 +38,8 @@ def test_own_answers_come_with_refusals_and_verdicts() -> None:
     assert asked["own answers"].requests == 3  # a harmful prompt is declined whatever pairs says
     assert asked["verdicts on own answers"].requests == 3 and (asked["verdicts on own answers"].usd or 0) > 0
     assert planned(["benign"], answers={"model": "m"}).keys() == {"own answers"}
+    given = {**section, "refusals": {"en": "I can't help with that."}}
+    assert planned(["harmful", "benign"], answers=given)["own answers"].requests == 1  # the benign prompt
 
 
 def test_a_judges_translator_is_asked_about_languages_that_the_judge_does_not_know() -> None:
