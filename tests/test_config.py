@@ -161,6 +161,14 @@ def test_the_row_of_ours_differs_from_its_control_by_its_terms() -> None:
     assert {name: term.weight for name, term in ours.active_terms.items()} == {"decision": 0.5, "consistency": 0.3}
     assert not control.active_terms and ours.data == control.data and ours.objective == control.objective
     assert ours.optimizer == control.optimizer and ours.train == control.train
+    late = cells["qwen2.5-7b", "sft-benign-mlc-late", 42]
+    assert late.mlc == cells["qwen2.5-7b", "sft-mlc", 42].mlc.model_copy(update={"start": 0.5})
+    assert late.data == control.data and late.objective == control.objective
+    recipe, shipped = cells["qwen2.5-7b", "ours-recipe", 42], load_config(TrainConfig, CONFIGS / "recipe.yaml")
+    assert recipe.objective == shipped.objective and recipe.active_terms == shipped.active_terms
+    assert recipe.openings == shipped.openings and (recipe.mlc.weight, recipe.mlc.every) == (0, 2)
+    kinds = [[(each.only, each.share) for each in run.data.train] for run in (recipe, shipped)]
+    assert kinds[0] == kinds[1]
     endpoint = config.scoring.judge.endpoint  # type: ignore[attr-defined]
     assert (endpoint.model, endpoint.max_cost_usd) == ("gpt-4o", 1500)
 

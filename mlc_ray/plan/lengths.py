@@ -106,8 +106,7 @@ def assumed(config: TrainConfig, because: str = "") -> Weights:
         f"(the published means), {bundles:,} bundles"
     )
     if lacking and len(config.data.train) > 1:
-        which = f"each of {', '.join(lacking)}" if len(lacking) > 1 else lacking[0]
-        said += f", {BUNDLES:,} of them for {which}, which cannot be counted here"
+        said += f", of them {', '.join(lacking)}, which cannot be counted here"
     return Weights(Lengths(*(np.array([value]) for value in one)), HEAD, bundles, said)
 
 
@@ -118,7 +117,7 @@ def least() -> Weights:
 
 
 def _count(config: TrainConfig) -> tuple[int, list[str]]:
-    """Bundles of the sources, and those that cannot be counted here, of which each has as many as published."""
+    """Bundles of the sources, and what is assumed of those that cannot be counted here: as many as are published."""
     from mlc_ray.data.sources import is_here, resolve_source
 
     found, lacking = 0, []
@@ -127,8 +126,10 @@ def _count(config: TrainConfig) -> tuple[int, list[str]]:
             own = sum(map(_bundles_in, resolve_source(source))) if is_here(source) else 0
         except MlcRayError:  # the command that reads them will say what is wrong
             own = 0
-        found += own or BUNDLES
-        lacking += [] if own else [source.path]
+        if not own:
+            own = round(BUNDLES * source.share)
+            lacking.append(f"{own:,} for {source.path}")
+        found += own
     return found, lacking
 
 

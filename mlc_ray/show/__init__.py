@@ -89,7 +89,7 @@ def _translation(folder: Place) -> list[Line]:
     lines += [
         (
             "own answers",
-            f"{each.language}, {each.kind}: {each.kept} of {each.prompts} kept, {each.refused} of {each.asked} asked refuse",
+            f"{each.language}, {each.kind}: {each.kept} of {each.prompts} kept, {each.refused} of {each.asked} refuse",
         )
         for each in quality.own
     ]

@@ -57,7 +57,7 @@ class TwinQuality:
 
 @dataclass
 class OwnQuality:
-    """A model's own answers to prompts of a kind in a language: `asked` plus those with a refusal of the settings alone.
+    """A model's own answers to `prompts` of a kind in a language; of those not `asked` the settings give the refusal.
 
     `refused` and `other_language` count plain answers that refuse, or are in another language, whatever became of them;
     `shortened` those that end at their last whole sentence; `distinct_refusals` how many different texts the refusals

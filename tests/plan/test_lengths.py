@@ -147,14 +147,16 @@ def test_a_long_run_s_share_of_steps_with_terms_is_that_of_its_period():
 
 
 def test_sources_that_cannot_be_counted_are_assumed_beside_those_that_can(tmp_path):
-    def found(*paths):
-        return assumed(run(data={"train": [{"path": str(path)} for path in paths]}))
+    def found(*paths, share=1.0):
+        return assumed(run(data={"train": [{"path": str(path), "share": share} for path in paths]}))
 
     beside = found("sample:train", "/not/here.jsonl")
     assert beside.bundles == 96 + 2835
-    assert "2,835 of them for /not/here.jsonl, which cannot be counted here" in beside.said
+    assert "of them 2,835 for /not/here.jsonl, which cannot be counted here" in beside.said
     both = found("/not/here.jsonl", "/nor/this.jsonl")
-    assert both.bundles == 2 * 2835 and "2,835 of them for each of /not/here.jsonl, /nor/this.jsonl" in both.said
+    assert both.bundles == 2 * 2835 and "of them 2,835 for /not/here.jsonl, 2,835 for /nor/this.jsonl" in both.said
+    third = found("/not/here.jsonl", "/nor/this.jsonl", share=0.33)
+    assert third.bundles == 2 * 936 and "936 for /not/here.jsonl" in third.said
     assert found("sample:train").bundles == 96 and "of them" not in found("sample:train").said
 
 

@@ -20,9 +20,9 @@ from mlc_ray.config.study import StudyConfig
 from mlc_ray.report.study import load_study
 from mlc_ray.report.write import write_report
 from mlc_ray.show import show
-from mlc_ray.study.folder import StudyError
 from mlc_ray.storage import Place
 from mlc_ray.study.cells import make_cells
+from mlc_ray.study.folder import StudyError
 from mlc_ray.study.run import _train, resume_study, study
 
 pytestmark = pytest.mark.slow
