@@ -173,11 +173,21 @@ def test_the_row_of_ours_differs_from_its_control_by_its_terms() -> None:
     assert (endpoint.model, endpoint.max_cost_usd) == ("gpt-4o", 1500)
 
 
+def test_the_study_of_the_recipe_trains_the_shipped_one() -> None:
+    cells = {cell.method: cell.config for cell in make_cells(load_config(StudyConfig, CONFIGS / "study/recipe.yaml"))}
+    shipped = load_config(TrainConfig, CONFIGS / "recipe.yaml").model_dump(exclude={"name", "output_dir", "seed"})
+    recipe = cells["recipe"].model_dump(exclude={"name", "output_dir", "seed"})
+    assert recipe == shipped
+    late = cells["recipe-mlc-late"]
+    assert (late.mlc.weight, late.mlc.start, late.terms) == (0.8, 0.5, cells["recipe"].terms)
+    assert not cells["own-answers"].active_terms and cells["own-answers"].data == late.data
+
+
 def test_no_config_file_is_left_out() -> None:
     assert {p.name for p in TRAIN_FILES} >= {"quickstart.yaml", "qwen2.5-7b.yaml", "gemma-2-9b.yaml"}
     assert SCORE_FILES
     assert SEARCH_FILES
-    assert TRANSLATE_FILES and {file.name for file in STUDY_FILES} == {"paper.yaml", "small.yaml"}
+    assert TRANSLATE_FILES and {file.name for file in STUDY_FILES} == {"paper.yaml", "recipe.yaml", "small.yaml"}
     assert SCALE_FILES and SIMULATION_FILES
     of_searches = {*SEARCH_FILES, *STUDY_FILES, *SCALE_FILES}
     known = {*TRAIN_FILES, *SCORE_FILES, *of_searches, *TRANSLATE_FILES, *SIMULATION_FILES}
