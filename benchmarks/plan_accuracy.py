@@ -131,7 +131,8 @@ def run(options: argparse.Namespace, results: Results) -> None:
         for name, differing in POINTS.items():
             family = name.partition("-")[0]
             model = models[family]
-            if model is None or name in results.found["points"] or (options.only and name not in options.only):
+            found = results.found["points"].get(name, {})
+            if model is None or "planned" in found or (options.only and name not in options.only):
                 continue
             point = {**_PLAIN, **differing}
             if family not in tokens:
@@ -146,7 +147,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
                 results.keep("calibrations", key, asdict(rates))
             rates = Rates(**results.found["calibrations"][key])
             plan = planned(point, model, tokens[family], rates)
-            said = measured(measure(point, model, str(tokens[family].folder)))
+            said = found.get("measured") or measured(measure(point, model, str(tokens[family].folder)))
             results.keep("points", name, {"point": point, "planned": plan, "measured": said})
             print(line(name, results.found["points"][name]), flush=True)
 

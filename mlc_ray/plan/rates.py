@@ -46,6 +46,7 @@ class Rates:
         kept: bytes that a token keeps in a block, as a share of what is counted.
         measured: when, as text; None where it is assumed.
         threads: of a worker on a CPU, as measured; None on GPUs.
+        crowd, crowded: of so many workers at once on one CPU each has this share of `flops` and `adamw`.
     """
 
     device: str
@@ -57,6 +58,15 @@ class Rates:
     kept: float = 1.0
     measured: str | None = None
     threads: int | None = None
+    crowd: int = 1
+    crowded: float = 1.0
+
+    def among(self, workers: int) -> Rates:
+        """Of each of so many workers on one node: as measured with a `crowd`, and in between by a straight line."""
+        if self.crowd == 1 or workers == 1:
+            return self
+        share = 1 - (1 - self.crowded) * min(1.0, (workers - 1) / (self.crowd - 1))
+        return replace(self, flops=share * self.flops, adamw=share * self.adamw)
 
 
 def assumed_rates(gpu: Gpu | None, dtype: str) -> Rates:

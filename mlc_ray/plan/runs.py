@@ -183,6 +183,7 @@ def _reference_seconds(
     tokens = each * len(weights)
     rows = float((lengths.chosen + lengths.rejected).mean()) * len(weights)
     row = Row(round(tokens), round(tokens), 0, round(rows), 0)
+    rates = rates.among(min(held.workers, cluster.per_node))
     computing = flops(shape, row, trained=1.0, head_trained=True, pairs=0) / 3 / rates.flops / held.workers
     budget = said if said != "auto" else CPU_TOKENS if held.device == "cpu" else BUNDLES_PER_REFERENCE_FORWARD * each
     return max(computing, math.ceil(tokens / (budget * held.workers)) * gathering(held, rates, cluster))

@@ -72,6 +72,7 @@ def seconds(
     config: TrainConfig, shape: Shape, held: Holding, cut: Cut, *, rates: Rates, cluster: Cluster
 ) -> tuple[Seconds, float]:
     """Of a step, and the useful operations of all workers in it."""
+    rates = rates.among(min(held.workers, cluster.per_node))
     lora = config.model.lora is not None
     of_row = flops(shape, cut.mean, trained=0.0 if lora else 1.0, head_trained=not lora, pairs=attended(cut.mean))
     worker = of_row * cut.forwards

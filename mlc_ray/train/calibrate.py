@@ -46,9 +46,13 @@ REPEATS = 5
 """Times of each are the median of so many."""
 
 SHAPES = 8
-"""Different forwards before memory is measured on a CPU: by eight the heap of SmolLM2-135M grew from 1.1 times what is
-counted to 2.1 times, and by twenty to 2.3 times, since glibc cannot use again what tensors of another size left, and
-oneDNN keeps kernels of each shape (bfloat16, two bundles each, an Intel Xeon with AMX)."""
+"""Different small forwards, and large ones, that are timed on a CPU, the first of them not: a run has new shapes all
+the time, for each of which oneDNN makes kernels and keeps them, and glibc cannot use again all that tensors of another
+size left. By eight large ones the heap of SmolLM2-135M grew from 1.1 times what is counted to 2.1 times, and by twenty
+to 2.3 times (bfloat16, two bundles each, an Intel Xeon with AMX)."""
+
+CROWD, CROWDED = 4, 3
+"""At most so many workers of a CPU compute at once, each so often: they share the bandwidth of its memory."""
 
 STEPPED, SENT = 2**25, 2**24
 """Elements that AdamW steps, and that workers add up."""
@@ -84,6 +88,8 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
     count = bundles or (8 if gpu else 2)
     probed = _in_child(probe, probe_settings(config, dtype), "cuda" if gpu else "cpu", threads, count)
     exchange = None if gpu else _exchange(threads, workers=2)
+    crowd = 1 if gpu else max(1, min(CROWD, len(os.sched_getaffinity(0)) // threads))
+    crowded = 1.0 if crowd == 1 else _crowded(probe_settings(config, dtype), threads, count, crowd, probed.seconds[1])
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
     if probed.flops[0] <= 0:
         raise ConfigError(
@@ -101,6 +107,8 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
         kept=probed.kept,
         measured=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {config.model.path}, {threads} threads",
         threads=None if gpu else threads,
+        crowd=crowd,
+        crowded=crowded,
     )
 
 
@@ -158,8 +166,19 @@ def probe(settings: dict[str, object], device: str, threads: int, bundles: int) 
     """Measure this process's device by a forward and backward of one bundle, and of several."""
     torch.set_num_threads(threads)
     config = parse_config(TrainConfig, settings)
-    rows = rows_of(config, bundles if device == "cuda" else bundles + SHAPES - 1)
-    languages = sorted({code for row in rows for code in row.languages})
+    module = _module(config, device)
+    few, many = (_batches(config, size, device, REPEATS + 1 if device == "cuda" else SHAPES) for size in (1, bundles))
+    work = Work.of(module, lambda parameter: tuple(parameter.shape))
+    gc.collect()
+    before = _held(device)
+    seconds = [_seconds(module, each, device) for each in (few, many)]
+    flops = [statistics.median(work.step(batch) if work else 0.0 for batch in each[1:]) for each in (few, many)]
+    kept = _kept(module, max(many, key=lambda batch: batch.tree.tokens), before, device)
+    reading = READS * sum(weight.numel() * weight.element_size() for weight in module.parameters())
+    return Probed((seconds[0], seconds[1]), (flops[0], flops[1]), kept, _adamw(device), reading)
+
+
+def _module(config: TrainConfig, device: str) -> PolicyWithExtractor:
     policy = load_policy(config.model)
     depth = policy.config.get_text_config().num_hidden_layers
     module = PolicyWithExtractor(
@@ -168,25 +187,45 @@ def probe(settings: dict[str, object], device: str, threads: int, bundles: int) 
     cast_parameters(module, getattr(torch, config.model.dtype))
     module.to(device)
     module.train()
-    for weight in module.parameters():  # of a mapped file, nothing is in memory until it is read
-        weight.data = weight.data.clone()
+    for weight in module.parameters():
+        weight.data = weight.data.clone()  # of a mapped file, nothing is in memory until it is read
+        weight.register_post_accumulate_grad_hook(_dropped)  # as an engine that reduces them during the backward
+    return module
 
-    def batch(some: list[TokenRow]) -> Batch:
+
+def _batches(config: TrainConfig, size: int, device: str, number: int) -> list[Batch]:
+    """So many of `size` bundles: on a CPU of different ones, on a GPU, where shapes matter little, all of the same."""
+    rows = rows_of(config, size if device == "cuda" else size + number - 1)
+    languages = sorted({code for row in rows for code in row.languages})
+    found = []
+    for at in range(number):
+        some = rows if device == "cuda" else rows[at : at + size]
         made = collate(
             some, languages=languages, weights=[1.0] * len(some), needs_rejected=True, reference=None, tap=True
         )
-        return move(made, torch.device(device))
+        found.append(move(made, torch.device(device)))
+    return found
 
-    few, many = batch(rows[:1]), batch(rows[:bundles])
-    shapes = [few, many] if device == "cuda" else [batch(rows[at : at + bundles]) for at in range(SHAPES)]
-    work = Work.of(module, lambda parameter: tuple(parameter.shape))
-    for weight in module.parameters():  # as an engine that reduces gradients while the backward goes on
-        weight.register_post_accumulate_grad_hook(_dropped)
-    kept = _kept(module, shapes, device)
-    seconds = tuple(_median(partial(_forward_backward, module, each), device) for each in (few, many))
-    flops = tuple(work.step(each) if work is not None else 0.0 for each in (few, many))
-    reading = READS * sum(weight.numel() * weight.element_size() for weight in module.parameters())
-    return Probed((seconds[0], seconds[1]), (flops[0], flops[1]), kept, _adamw(device), reading)
+
+def _seconds(module: PolicyWithExtractor, batches: Sequence[Batch], device: str) -> float:
+    """The median time of a forward and backward of one of the batches after the first."""
+    _forward_backward(module, batches[0])
+    return statistics.median(_timed(partial(_forward_backward, module, batch), device) for batch in batches[1:])
+
+
+def _crowded(settings: dict[str, object], threads: int, bundles: int, crowd: int, alone: float) -> float:
+    """What of its speed alone the slowest of a crowd keeps, which all workers wait for."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(crowd, mp_context=context) as pool:
+        spent = pool.map(crowd_seconds, [settings] * crowd, [threads] * crowd, [bundles] * crowd)
+        return min(1.0, alone / max(spent))
+
+
+def crowd_seconds(settings: dict[str, object], threads: int, bundles: int) -> float:
+    """Seconds of a forward and backward of the large batch of `probe`, on a CPU beside others that do the same."""
+    torch.set_num_threads(threads)
+    config = parse_config(TrainConfig, settings)
+    return _seconds(_module(config, "cpu"), _batches(config, bundles, "cpu", 1 + CROWDED), "cpu")
 
 
 def _loss(module: PolicyWithExtractor, batch: Batch) -> Tensor:
@@ -203,17 +242,12 @@ def _forward_backward(module: PolicyWithExtractor, batch: Batch) -> None:
     _loss(module, batch).backward()
 
 
-def _kept(module: PolicyWithExtractor, shapes: Sequence[Batch], device: str) -> float:
-    """Bytes that the largest forward holds after those of all `shapes`, in units of what is counted of it.
+def _kept(module: PolicyWithExtractor, batch: Batch, before: int, device: str) -> float:
+    """Bytes that a forward holds, in units of what is counted of it.
 
-    On a CPU what an allocator cannot use again of the others' memory is in it; on a GPU it is what is allocated, after
-    one in which kernels were chosen and workspaces made.
+    On a CPU since `before` the others, so that what their memory was not used for again is in it; on a GPU what is
+    allocated, after others in which kernels were chosen and workspaces made.
     """
-    gc.collect()
-    before = _held(device)
-    for each in shapes:
-        _forward_backward(module, each)
-    batch = max(shapes, key=lambda each: each.tree.tokens)
     if device == "cuda":
         before = _held(device)
     config = module.language_model.config
@@ -241,14 +275,17 @@ def _held(device: str) -> int:
 
 def _median(call: Callable[[], None], device: str) -> float:
     call()
-    spent = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        spent.append(time.perf_counter() - started)
-    return statistics.median(spent)
+    return statistics.median(_timed(call, device) for _ in range(REPEATS))
+
+
+def _timed(call: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _adamw(device: str) -> float:

@@ -134,6 +134,9 @@ def test_what_deepspeed_is_told_beside_the_settings_is_planned_or_named():
 def test_a_calibration_counts_the_reading_of_weights_once_and_names_other_threads(tmp_path):
     file = tmp_path / "calibration.json"
     one = Rates("cpu", "bfloat16", 5e10, 0.0, 1e8, 4e8, 1.1, "today", 1)
+    crowded = replace(one, crowd=3, crowded=0.5)
+    assert [crowded.among(workers).flops for workers in (1, 2, 3, 8)] == [5e10, 3.75e10, 2.5e10, 2.5e10]
+    assert crowded.among(3).adamw == 5e7 and one.among(8) == one
     four = replace(one, flops=18e10, threads=4)
     write_calibration(one, file)
     write_calibration(four, file)
