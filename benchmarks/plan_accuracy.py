@@ -143,7 +143,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
                 tokens[family] = TokenArtifact.open(place)
             key = f"{family} {point['dtype']}"
             if key not in results.found["calibrations"]:
-                rates = calibrate(config_of(point | {"lora": None}, model), threads=point["threads"])
+                rates = calibrate(config_of({**_PLAIN, "dtype": point["dtype"]}, model), threads=1)
                 results.keep("calibrations", key, asdict(rates))
             rates = Rates(**results.found["calibrations"][key])
             plan = planned(point, model, tokens[family], rates)

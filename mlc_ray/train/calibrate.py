@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mlc_ray._registry import resolve
 from mlc_ray.config import ConfigError, ModelSection, TrainConfig, parse_config
 from mlc_ray.data.batches import collate
 from mlc_ray.data.sources import Reading, resolve_source
@@ -32,8 +33,10 @@ from mlc_ray.plan.activations import Row, head_bytes, kept_bytes, table_bytes
 from mlc_ray.plan.hardware import gpu_key
 from mlc_ray.plan.rates import READS, Rates, bandwidth_of, threads_of
 from mlc_ray.plan.shapes import shape_of
+from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
 from mlc_ray.train.model import (
+    ModelOutput,
     PolicyWithExtractor,
     cast_parameters,
     load_policy,
@@ -46,13 +49,13 @@ REPEATS = 5
 """Times of each are the median of so many."""
 
 SHAPES = 8
-"""Different small forwards, and large ones, that are timed on a CPU, the first of them not: a run has new shapes all
-the time, for each of which oneDNN makes kernels and keeps them, and glibc cannot use again all that tensors of another
-size left. By eight large ones the heap of SmolLM2-135M grew from 1.1 times what is counted to 2.1 times, and by twenty
-to 2.3 times (bfloat16, two bundles each, an Intel Xeon with AMX)."""
+"""Different forwards before memory is measured on a CPU: glibc cannot use again all that tensors of another size left,
+and oneDNN keeps kernels of each shape. By eight the heap of SmolLM2-135M grew from 1.1 times what is counted to 2.1
+times, and by twenty to 2.3 times (bfloat16, two bundles each, an Intel Xeon with AMX)."""
 
-CROWD, CROWDED = 4, 3
-"""At most so many workers of a CPU compute at once, each so often: they share the bandwidth of its memory."""
+TIMED, CROWD = 5, 4
+"""Steps of different bundles that are timed on a CPU, the first of them not; and at most so many workers at once, which
+share the bandwidth of its memory."""
 
 STEPPED, SENT = 2**25, 2**24
 """Elements that AdamW steps, and that workers add up."""
@@ -61,13 +64,15 @@ STEPPED, SENT = 2**25, 2**24
 @dataclass(frozen=True)
 class Probed:
     """Seconds and useful operations of a small and a large forward, its bytes in units of counted ones, AdamW's
-    parameters a second, and the bytes of weights that a forward and backward read, which a plan counts by itself."""
+    parameters a second, the bytes of weights that a forward and backward read, which a plan counts by itself, and
+    seconds of a `whole` step of the large forward on a CPU."""
 
     seconds: tuple[float, float]
     flops: tuple[float, float]
     kept: float
     adamw: float
     reading: int
+    whole: float = 0.0
 
 
 def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int | None = None) -> Rates:
@@ -89,7 +94,7 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
     probed = _in_child(probe, probe_settings(config, dtype), "cuda" if gpu else "cpu", threads, count)
     exchange = None if gpu else _exchange(threads, workers=2)
     crowd = 1 if gpu else max(1, min(CROWD, len(os.sched_getaffinity(0)) // threads))
-    crowded = 1.0 if crowd == 1 else _crowded(probe_settings(config, dtype), threads, count, crowd, probed.seconds[1])
+    crowded = 1.0 if crowd == 1 else _crowded(probe_settings(config, dtype), threads, count, crowd, probed.whole)
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
     if probed.flops[0] <= 0:
         raise ConfigError(
@@ -129,7 +134,9 @@ def probe_settings(config: TrainConfig, dtype: str) -> dict[str, object]:
     """The run as it is probed: all weights trained, nothing checkpointed, since that is what plans count from."""
     settings = {**config.model_dump(mode="json", exclude_unset=True)}
     model = {"dtype": dtype, "gradient_checkpointing": False, "lora": None}
-    return settings | {"model": {**settings["model"], **model}}
+    stage = getattr(config.engine, "stage", None)
+    engine = {"name": config.engine.name} | ({} if stage is None else {"stage": stage})
+    return settings | {"model": {**settings["model"], **model}, "engine": engine}
 
 
 def _in_child(function: Callable[..., Probed], *arguments: object) -> Probed:
@@ -167,14 +174,24 @@ def probe(settings: dict[str, object], device: str, threads: int, bundles: int) 
     torch.set_num_threads(threads)
     config = parse_config(TrainConfig, settings)
     module = _module(config, device)
-    few, many = (_batches(config, size, device, REPEATS + 1 if device == "cuda" else SHAPES) for size in (1, bundles))
-    work = Work.of(module, lambda parameter: tuple(parameter.shape))
+    for weight in module.parameters():  # as an engine that reduces them during the backward
+        weight.register_post_accumulate_grad_hook(_dropped)
+    reading = READS * sum(weight.numel() * weight.element_size() for weight in module.parameters())
     gc.collect()
     before = _held(device)
-    seconds = [_seconds(module, each, device) for each in (few, many)]
-    flops = [statistics.median(work.step(batch) if work else 0.0 for batch in each[1:]) for each in (few, many)]
-    kept = _kept(module, max(many, key=lambda batch: batch.tree.tokens), before, device)
-    reading = READS * sum(weight.numel() * weight.element_size() for weight in module.parameters())
+    if device == "cpu":
+        shapes = _batches(config, bundles, device, SHAPES)
+        for batch in shapes:
+            _forward_backward(module, batch)
+        kept = _kept(module, max(shapes, key=lambda batch: batch.tree.tokens), before, device)
+        del module
+        (few, few_flops, _), (many, many_flops, last) = timed_steps(settings, threads, (1, bundles))
+        return Probed((few, many), (few_flops, many_flops), kept, STEPPED / last, reading, many + last)
+    small, large = (_batches(config, size, device, 1)[0] for size in (1, bundles))
+    work = Work.of(module, lambda parameter: tuple(parameter.shape))
+    kept = _kept(module, large, before, device)
+    seconds = tuple(_median(partial(_forward_backward, module, each), device) for each in (small, large))
+    flops = tuple(work.step(each) if work is not None else 0.0 for each in (small, large))
     return Probed((seconds[0], seconds[1]), (flops[0], flops[1]), kept, _adamw(device), reading)
 
 
@@ -187,19 +204,18 @@ def _module(config: TrainConfig, device: str) -> PolicyWithExtractor:
     cast_parameters(module, getattr(torch, config.model.dtype))
     module.to(device)
     module.train()
-    for weight in module.parameters():
-        weight.data = weight.data.clone()  # of a mapped file, nothing is in memory until it is read
-        weight.register_post_accumulate_grad_hook(_dropped)  # as an engine that reduces them during the backward
+    for weight in module.parameters():  # of a mapped file, nothing is in memory until it is read
+        weight.data = weight.data.clone()
     return module
 
 
 def _batches(config: TrainConfig, size: int, device: str, number: int) -> list[Batch]:
-    """So many of `size` bundles: on a CPU of different ones, on a GPU, where shapes matter little, all of the same."""
-    rows = rows_of(config, size if device == "cuda" else size + number - 1)
+    """So many different ones of `size` bundles."""
+    rows = rows_of(config, size + number - 1)
     languages = sorted({code for row in rows for code in row.languages})
     found = []
     for at in range(number):
-        some = rows if device == "cuda" else rows[at : at + size]
+        some = rows[at : at + size]
         made = collate(
             some, languages=languages, weights=[1.0] * len(some), needs_rejected=True, reference=None, tap=True
         )
@@ -207,29 +223,56 @@ def _batches(config: TrainConfig, size: int, device: str, number: int) -> list[B
     return found
 
 
-def _seconds(module: PolicyWithExtractor, batches: Sequence[Batch], device: str) -> float:
-    """The median time of a forward and backward of one of the batches after the first."""
-    _forward_backward(module, batches[0])
-    return statistics.median(_timed(partial(_forward_backward, module, batch), device) for batch in batches[1:])
+def timed_steps(settings: dict[str, object], threads: int, sizes: Sequence[int]) -> list[tuple[float, float, float]]:
+    """Steps of the run's engine, this process alone, on a CPU; of each number of bundles in `sizes` three medians.
+
+    They are seconds of forward and backward, their useful operations, and seconds of the optimizer's step of `STEPPED`
+    parameters.
+    """
+    torch.set_num_threads(threads)
+    config, device = parse_config(TrainConfig, settings), torch.device("cpu")
+    chosen: type[Engine] = resolve("engine", config.engine.name)
+    chosen.prepare(device)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "LOCAL_RANK": "0"}
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    try:
+        with chosen.loading(config):
+            module = _module(config, "cpu")
+        trained = sum(parameter.numel() for parameter in module.parameters())
+        work = Work.of(module, lambda parameter: tuple(parameter.shape))
+        engine = chosen(module, config, device)
+        return [_timed_steps(engine, work, _batches(config, size, "cpu", TIMED), trained) for size in sizes]
+    finally:
+        dist.destroy_process_group()
+
+
+def _timed_steps(
+    engine: Engine, work: Work | None, batches: Sequence[Batch], trained: int
+) -> tuple[float, float, float]:
+    computing, stepping = [], []
+    for batch in batches:
+        started = time.perf_counter()
+        engine.begin(1)
+        engine.backward(_loss_of(engine.forward(batch)))
+        computed = time.perf_counter()
+        engine.step(1e-9)
+        computing.append(computed - started)
+        stepping.append(time.perf_counter() - computed)
+    flops = statistics.median(work.step(batch) if work is not None else 0.0 for batch in batches[1:])
+    return statistics.median(computing[1:]), flops, statistics.median(stepping[1:]) * STEPPED / trained
 
 
 def _crowded(settings: dict[str, object], threads: int, bundles: int, crowd: int, alone: float) -> float:
     """What of its speed alone the slowest of a crowd keeps, which all workers wait for."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(crowd, mp_context=context) as pool:
-        spent = pool.map(crowd_seconds, [settings] * crowd, [threads] * crowd, [bundles] * crowd)
-        return min(1.0, alone / max(spent))
+        said = list(pool.map(timed_steps, [settings] * crowd, [threads] * crowd, [(bundles,)] * crowd))
+    return min(1.0, alone / max(computing + stepping for ((computing, _, stepping),) in said))
 
 
-def crowd_seconds(settings: dict[str, object], threads: int, bundles: int) -> float:
-    """Seconds of a forward and backward of the large batch of `probe`, on a CPU beside others that do the same."""
-    torch.set_num_threads(threads)
-    config = parse_config(TrainConfig, settings)
-    return _seconds(_module(config, "cpu"), _batches(config, bundles, "cpu", 1 + CROWDED), "cpu")
-
-
-def _loss(module: PolicyWithExtractor, batch: Batch) -> Tensor:
-    said = module(batch)
+def _loss_of(said: ModelOutput) -> Tensor:
     loss: Tensor = said.chosen.total.sum() - (said.rejected.total.sum() if said.rejected is not None else 0.0)
     return loss + said.representations.sum() if said.representations is not None else loss
 
@@ -239,16 +282,18 @@ def _dropped(weight: Tensor) -> None:
 
 
 def _forward_backward(module: PolicyWithExtractor, batch: Batch) -> None:
-    _loss(module, batch).backward()
+    _loss_of(module(batch)).backward()
 
 
 def _kept(module: PolicyWithExtractor, batch: Batch, before: int, device: str) -> float:
     """Bytes that a forward holds, in units of what is counted of it.
 
-    On a CPU since `before` the others, so that what their memory was not used for again is in it; on a GPU what is
-    allocated, after others in which kernels were chosen and workspaces made.
+    On a CPU since `before` others, so that what their memory was not used for again is in it; on a GPU what is
+    allocated, after one in which kernels were chosen and workspaces made.
     """
     if device == "cuda":
+        for _ in range(2):
+            _forward_backward(module, batch)
         before = _held(device)
     config = module.language_model.config
     shape = shape_of(config, "probed")
@@ -259,7 +304,7 @@ def _kept(module: PolicyWithExtractor, batch: Batch, before: int, device: str) -
     row = Row(tree.tokens, sum(tree.key_lengths), pairs, len(batch.chosen.targets) + rejected, tapped)
     size = next(module.parameters()).element_size()
     counted = kept_bytes(shape, row, ModelSection(path="probed"), size) + table_bytes(shape, row, size)
-    loss = _loss(module, batch)
+    loss = _loss_of(module(batch))
     left = _held(device) - before
     loss.backward()
     return max(0.5, (left - head_bytes(shape, row, size)) / counted)
@@ -275,17 +320,14 @@ def _held(device: str) -> int:
 
 def _median(call: Callable[[], None], device: str) -> float:
     call()
-    return statistics.median(_timed(call, device) for _ in range(REPEATS))
-
-
-def _timed(call: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    spent = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent)
 
 
 def _adamw(device: str) -> float:
