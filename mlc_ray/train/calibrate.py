@@ -243,25 +243,26 @@ def timed_steps(settings: dict[str, object], threads: int, sizes: Sequence[int])
         trained = sum(parameter.numel() for parameter in module.parameters())
         work = Work.of(module, lambda parameter: tuple(parameter.shape))
         engine = chosen(module, config, device)
-        return [_timed_steps(engine, work, _batches(config, size, "cpu", TIMED), trained) for size in sizes]
+        # The sizes by turns, since steps get faster while the process finds its memory.
+        turns = zip(*(_batches(config, size, "cpu", TIMED) for size in sizes), strict=True)
+        spent = [[_timed_step(engine, work, batch) for batch in batches] for batches in turns]
     finally:
         dist.destroy_process_group()
+    found = []
+    for of_size in zip(*spent[1:], strict=True):
+        computing, flops, stepping = map(statistics.median, zip(*of_size, strict=True))
+        found.append((computing, flops, stepping * STEPPED / trained))
+    return found
 
 
-def _timed_steps(
-    engine: Engine, work: Work | None, batches: Sequence[Batch], trained: int
-) -> tuple[float, float, float]:
-    computing, stepping = [], []
-    for batch in batches:
-        started = time.perf_counter()
-        engine.begin(1)
-        engine.backward(_loss_of(engine.forward(batch)))
-        computed = time.perf_counter()
-        engine.step(1e-9)
-        computing.append(computed - started)
-        stepping.append(time.perf_counter() - computed)
-    flops = statistics.median(work.step(batch) if work is not None else 0.0 for batch in batches[1:])
-    return statistics.median(computing[1:]), flops, statistics.median(stepping[1:]) * STEPPED / trained
+def _timed_step(engine: Engine, work: Work | None, batch: Batch) -> tuple[float, float, float]:
+    started = time.perf_counter()
+    engine.begin(1)
+    engine.backward(_loss_of(engine.forward(batch)))
+    computed = time.perf_counter()
+    engine.step(1e-9)
+    flops = work.step(batch) if work is not None else 0.0
+    return computed - started, flops, time.perf_counter() - computed
 
 
 def _crowded(settings: dict[str, object], threads: int, bundles: int, crowd: int, alone: float) -> float:
