@@ -90,7 +90,8 @@ def planned(point: Mapping[str, Any], model: str, tokens: TokenArtifact, rates: 
         mean = [round(sum(column) / len(rows)) for column in zip(*(vars(row).values() for row in rows), strict=True)]
         largest = max(rows, key=lambda row: row.tokens)
         of_steps.append(Cut(sum(row.tokens for row in rows), len(plan.forwards), largest, Row(*mean), 1.0))
-    each = [peak(config, shape, held, cut.largest, forwards=cut.forwards, kept_share=rates.kept) for cut in of_steps]
+    given = {"kept_share": rates.kept, "grown": rates.grown}
+    each = [peak(config, shape, held, cut.largest, forwards=cut.forwards, **given) for cut in of_steps]
     parts = max(each, key=lambda parts: sum(part.bytes for part in parts))
     cluster = Cluster(None, workers, workers, None)
     spent = [seconds(config, shape, held, cut, rates=rates, cluster=cluster)[0].step for cut in of_steps[1:]]

@@ -236,9 +236,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(asdict(rates), indent=2))
         return
+    gaps = f", and {rates.grown:.2f} times that stays after many" if rates.grown else ""
     crowd = f", {rates.crowded:.0%} of that speed for each of {rates.crowd} workers at once" if rates.crowd > 1 else ""
     print(
         f"{rates.device}, {rates.dtype}: {rates.flops / 1e9:.4g}e9 useful operations a second, "
         f"{rates.forward_seconds:.2g} s a block and forward beside its tokens, AdamW {rates.adamw:.3g} parameters a "
-        f"second, activations {rates.kept:.2f} times what is counted{crowd}; kept in {file}"
+        f"second, activations {rates.kept:.2f} times what is counted{gaps}{crowd}; kept in {file}"
     )

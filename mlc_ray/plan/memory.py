@@ -20,6 +20,7 @@ from typing import Any, Literal
 from mlc_ray.config import TrainConfig
 from mlc_ray.plan.activations import (
     Row,
+    block_bytes,
     head_bytes,
     kept_bytes,
     table_bytes,
@@ -242,9 +243,16 @@ def activations(config: TrainConfig, shape: Shape, row: Row, size: int, kept_sha
 
 
 def peak(
-    config: TrainConfig, shape: Shape, held: Holding, row: Row, *, forwards: float, kept_share: float = 1.0
+    config: TrainConfig,
+    shape: Shape,
+    held: Holding,
+    row: Row,
+    *,
+    forwards: float,
+    kept_share: float = 1.0,
+    grown: float = 0.0,
 ) -> tuple[Part, ...]:
-    """The parts where a step is highest."""
+    """The parts where a step is highest; `kept_share` and `grown` as calibrations measure them."""
     acts = activations(config, shape, row, held.size, kept_share)
     grads, live, collected, reduced = gradients(held), gathered(held, shape), bucket(held), reduction(held)
     if held.stage == 2 and held.size == 4 and forwards <= 1:  # nothing is added up: they stay in the bucket
@@ -252,6 +260,9 @@ def peak(
     base = [*states(held), *reference_part(held), live]
     if held.device == "gpu":
         base.append(Part("CUDA context", CUDA_CONTEXT, "assumed"))
+    elif grown:
+        plainly = shape.layers * block_bytes(shape, row, held.size) + table_bytes(shape, row, held.size)
+        base.append(Part("gaps", round(grown * plainly), f"{grown:.2f} of a forward that keeps all, as measured"))
     stays = held.device == "gpu" or held.stage == 3  # the bucket, also while nothing is reduced
     left = [] if held.device == "gpu" else [_left_on_the_heap(shape, row, acts, held.size)]
     copied = 4 * held.trained // held.workers if held.stage in (1, 3) else 0

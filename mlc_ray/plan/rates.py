@@ -44,6 +44,8 @@ class Rates:
         adamw: parameters that AdamW steps.
         exchange: bytes to other workers; None where the cluster's links say it.
         kept: bytes that a token keeps in a block, as a share of what is counted.
+        grown: bytes that a process on a CPU keeps beside after forwards of many shapes, as a share of what is counted
+            of one without checkpointing.
         measured: when, as text; None where it is assumed.
         threads: of a worker on a CPU, as measured; None on GPUs.
         crowd, crowded: of so many workers at once on one CPU each has this share of `flops` and `adamw`.
@@ -60,6 +62,7 @@ class Rates:
     threads: int | None = None
     crowd: int = 1
     crowded: float = 1.0
+    grown: float = 0.0
 
     def among(self, workers: int) -> Rates:
         """Of each of so many workers on one node: as measured with a `crowd`, and in between by a straight line."""

@@ -83,7 +83,7 @@ def plan_run(
     steps = steps_of(config, weights)
     disk, checkpoint = disk_parts(config, held, steps=steps, lora=config.model.lora is not None)
     forwards = [
-        (row, list(peak(config, shape, held, row, forwards=cutting.forwards, kept_share=rates.kept)))
+        (row, list(peak(config, shape, held, row, forwards=cutting.forwards, kept_share=rates.kept, grown=rates.grown)))
         for row in cutting.largest
     ]
     largest, worker = max(forwards, key=lambda each: sum(part.bytes for part in each[1]))

@@ -64,8 +64,8 @@ STEPPED, SENT = 2**25, 2**24
 @dataclass(frozen=True)
 class Probed:
     """Seconds and useful operations of a small and a large forward, its bytes in units of counted ones, AdamW's
-    parameters a second, the bytes of weights that a forward and backward read, which a plan counts by itself, and
-    seconds of a `whole` step of the large forward on a CPU."""
+    parameters a second, the bytes of weights that a forward and backward read, which a plan counts by itself; and on a
+    CPU the seconds of a `whole` step of the large forward, and what `kept` has `grown` by after others."""
 
     seconds: tuple[float, float]
     flops: tuple[float, float]
@@ -73,6 +73,7 @@ class Probed:
     adamw: float
     reading: int
     whole: float = 0.0
+    grown: float = 0.0
 
 
 def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int | None = None) -> Rates:
@@ -114,6 +115,7 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
         threads=None if gpu else threads,
         crowd=crowd,
         crowded=crowded,
+        grown=probed.grown,
     )
 
 
@@ -181,12 +183,14 @@ def probe(settings: dict[str, object], device: str, threads: int, bundles: int) 
     before = _held(device)
     if device == "cpu":
         shapes = _batches(config, bundles, device, SHAPES)
-        for batch in shapes:
+        kept = _kept(module, shapes[0], before, device)
+        for batch in shapes[1:]:
             _forward_backward(module, batch)
-        kept = _kept(module, max(shapes, key=lambda batch: batch.tree.tokens), before, device)
+        later = _kept(module, max(shapes, key=lambda batch: batch.tree.tokens), before, device)
         del module
         (few, few_flops, _), (many, many_flops, last) = timed_steps(settings, threads, (1, bundles))
-        return Probed((few, many), (few_flops, many_flops), kept, STEPPED / last, reading, many + last)
+        grown, whole = max(0.0, later - kept), many + last
+        return Probed((few, many), (few_flops, many_flops), kept, STEPPED / last, reading, whole, grown)
     small, large = (_batches(config, size, device, 1)[0] for size in (1, bundles))
     work = Work.of(module, lambda parameter: tuple(parameter.shape))
     kept = _kept(module, large, before, device)
@@ -289,8 +293,8 @@ def _forward_backward(module: PolicyWithExtractor, batch: Batch) -> None:
 def _kept(module: PolicyWithExtractor, batch: Batch, before: int, device: str) -> float:
     """Bytes that a forward holds, in units of what is counted of it.
 
-    On a CPU since `before` others, so that what their memory was not used for again is in it; on a GPU what is
-    allocated, after one in which kernels were chosen and workspaces made.
+    On a CPU also what others since `before` left and is not used again; on a GPU what is allocated, after one in which
+    kernels were chosen and workspaces made.
     """
     if device == "cuda":
         for _ in range(2):
