@@ -140,10 +140,10 @@ def test_a_calibration_counts_the_reading_of_weights_once_and_names_other_thread
     for kind in (False, True):  # what stays of other forwards does not depend on checkpointing
         config = run(model={"path": "m", "gradient_checkpointing": kind})
         before, after = (plan(config, "smollm2-135m", CPU, 1, each) for each in (one, replace(one, grown=0.5)))
-        (gaps,) = [part.bytes for part in after.worker if part.name == "gaps"]
-        assert sum(part.bytes for part in after.worker) == sum(part.bytes for part in before.worker) + gaps
+        (gaps,) = [part.bytes for part in after.memory.worker if part.name == "gaps"]
+        assert sum(part.bytes for part in after.memory.worker) == sum(part.bytes for part in before.memory.worker) + gaps
         more = plan(config, "smollm2-135m", CPU, 1, replace(one, grown=1.0))
-        assert [part.bytes for part in more.worker if part.name == "gaps"] == [pytest.approx(2 * gaps, abs=2)]
+        assert [part.bytes for part in more.memory.worker if part.name == "gaps"] == [pytest.approx(2 * gaps, abs=2)]
     four = replace(one, flops=18e10, threads=4)
     write_calibration(one, file)
     write_calibration(four, file)
