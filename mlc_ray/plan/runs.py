@@ -206,6 +206,8 @@ def _assumed(config: TrainConfig, rates: Rates, cluster: Cluster, shape: Shape, 
             f"{rate}, as measured with cluster.cpus_per_worker={rates.threads}, but this run has {threads}: calibrate "
             "with that"
         )
+    if rates.crowd < (here := min(workers, cluster.per_node)) and cluster.gpu is None and rates.measured is not None:
+        said.append(f"of {here} workers on one CPU each is as fast as of the {rates.crowd} that were measured at once")
     if cluster.gpu is not None:
         if cluster.nodes_of(workers) > 1 and rates.exchange is None:
             said.append(f"{cluster.network / 1e9:.0f} GB/s between nodes for each GPU")

@@ -200,6 +200,8 @@ def _disk(folders: Sequence[tuple[str, int, RunPlan]], *, keep_models: bool) -> 
     kept: dict[str, int] = {}
     for model, number, plan in folders:
         weights = plan.checkpoint_bytes - 12 * plan.trained
+        if plan.settings.get("model.lora") is not None:  # of checkpoints the adapter alone, of models all, merged
+            weights = weights // plan.trained * plan.parameters
         kept[model] = kept.get(model, 0) + number * weights
     models = sum(kept.values()) if keep_models else max(kept.values())
     return models + max(plan.memory.disk_bytes for _, _, plan in folders)

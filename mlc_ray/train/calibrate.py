@@ -7,28 +7,34 @@ it.
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
+import resource
 import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import ConfigError, ModelSection, TrainConfig, parse_config
 from mlc_ray.data.batches import collate
 from mlc_ray.data.sources import Reading, resolve_source
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
-from mlc_ray.device import resolved
+from mlc_ray.device import host_memory, resolved
 from mlc_ray.plan.activations import Row, head_bytes, kept_bytes, table_bytes
 from mlc_ray.plan.hardware import gpu_key
 from mlc_ray.plan.rates import READS, Rates, bandwidth_of, threads_of
@@ -57,6 +63,13 @@ TIMED, CROWD = 5, 4
 """Steps of different bundles that are timed on a CPU, the first of them not; and at most so many workers at once, which
 share the bandwidth of its memory."""
 
+_OF_SEVERAL = ("secondary_partition", "offload_optimizer", "offload_parameters")
+"""Settings of an engine that one worker on a CPU cannot have, or that say nothing there."""
+
+_T = TypeVar("_T")
+_together: Barrier | None = None
+"""Where processes that time at once wait for each other."""
+
 STEPPED, SENT = 2**25, 2**24
 """Elements that AdamW steps, and that workers add up."""
 
@@ -64,59 +77,86 @@ STEPPED, SENT = 2**25, 2**24
 @dataclass(frozen=True)
 class Probed:
     """Seconds and useful operations of a small and a large forward, its bytes in units of counted ones, AdamW's
-    parameters a second, the bytes of weights that a forward and backward read, which a plan counts by itself; and on a
-    CPU the seconds of a `whole` step of the large forward, and what `kept` has `grown` by after others."""
+    parameters a second, and the bytes of weights that a forward and backward read, which a plan counts by itself."""
 
     seconds: tuple[float, float]
     flops: tuple[float, float]
     kept: float
     adamw: float
     reading: int
-    whole: float = 0.0
-    grown: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Medians of the steps of a run's engine on a CPU, small and large ones: seconds of forward and backward, their
+    useful operations, and seconds of the optimizer's step; with the parameters that it steps, and the process's most
+    bytes."""
+
+    seconds: tuple[float, float]
+    flops: tuple[float, float]
+    stepping: float
+    trained: int
+    peak: int
 
 
 def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int | None = None) -> Rates:
     """Measure this machine's GPU, or its CPU with the threads that a worker has.
 
     Args:
-        config: a run; its model, type, attention and sources are used.
+        config: a run; its model, type, attention, engine and sources are used.
         threads: of a worker on a CPU (default: `cluster.cpus_per_worker`).
         bundles: of the large forward (default: 2 on a CPU, 8 on a GPU).
 
     Raises:
-        ConfigError: There are not enough bundles in data.train, or the model's operations are not known.
+        ConfigError: There are not enough bundles in data.train (7 more than `bundles` on a CPU), the memory is too
+            small, or the model's operations are not known.
     """
     gpu = torch.cuda.is_available() and config.cluster.accelerator != "cpu"
     dtype = resolved(config.model.dtype, gpu=gpu)
-    threads = threads or threads_of(config)
-    device = gpu_key(torch.cuda.get_device_name()) if gpu else "cpu"
-    count = bundles or (8 if gpu else 2)
-    probed = _in_child(probe, probe_settings(config, dtype), "cuda" if gpu else "cpu", threads, count)
-    exchange = None if gpu else _exchange(threads, workers=2)
-    crowd = 1 if gpu else max(1, min(CROWD, len(os.sched_getaffinity(0)) // threads))
-    crowded = 1.0 if crowd == 1 else _crowded(probe_settings(config, dtype), threads, count, crowd, probed.whole)
-    depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    if probed.flops[0] <= 0:
-        raise ConfigError(
-            f"model.path={config.model.path!r}: how many operations a token of it takes is not known (its config does "
-            "not say how many experts a token meets), so nothing can be calibrated by it; take another model"
-        )
+    settings, path = probe_settings(config, dtype), config.model.path
+    if not gpu:
+        return _calibrate_cpu(settings, path, dtype, threads or threads_of(config), bundles or 2)
+    device = gpu_key(torch.cuda.get_device_name())
+    (probed,) = _in_children(1, path, probe, settings, bundles or 8)
+    _check_known(probed.flops, path)
     rate, overhead = speed(probed, device)
+    depth = model_depth(path, trust_remote_code=config.model.trust_remote_code)
+    measured = f"{_now()}, {path}"
+    return Rates(device, dtype, rate, overhead / depth, probed.adamw, None, probed.kept, measured)
+
+
+def _calibrate_cpu(settings: dict[str, Any], path: str, dtype: str, threads: int, bundles: int) -> Rates:
+    (alone,) = _in_children(1, path, timed_steps, settings, threads, bundles)
+    _check_known(alone.flops, path)
+    ((kept, grown),) = _in_children(1, path, kept_bytes_of, settings, threads, bundles)
+    room = host_memory().total // max(1, alone.peak)
+    crowd = max(1, min(CROWD, len(os.sched_getaffinity(0)) // threads, room))
+    crowded = 1.0
+    if crowd > 1:
+        together = _in_children(crowd, path, timed_steps, settings, threads, bundles)
+        slowest = max(each.seconds[1] + each.stepping for each in together)  # all workers wait for it
+        crowded = min(1.0, (alone.seconds[1] + alone.stepping) / slowest)
+    probed = Probed(alone.seconds, alone.flops, kept, alone.trained / alone.stepping, 0)
+    rate, overhead = speed(probed, "cpu")
+    depth = model_depth(path, trust_remote_code=bool(settings["model"].get("trust_remote_code")))
+    engine = ", ".join(f"{name} {value}" for name, value in settings["engine"].items())
+    measured = f"{_now()}, {path}, {threads} threads, engine: {engine or 'default'}"
+    exchange = _exchange(threads, workers=2)
     return Rates(
-        device=device,
-        dtype=dtype,
-        flops=rate,
-        forward_seconds=overhead / depth,
-        adamw=probed.adamw,
-        exchange=exchange,
-        kept=probed.kept,
-        measured=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {config.model.path}, {threads} threads",
-        threads=None if gpu else threads,
-        crowd=crowd,
-        crowded=crowded,
-        grown=probed.grown,
+        "cpu", dtype, rate, overhead / depth, probed.adamw, exchange, kept, measured, threads, crowd, crowded, grown
     )
+
+
+def _now() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _check_known(flops: tuple[float, float], path: str) -> None:
+    if flops[0] <= 0:
+        raise ConfigError(
+            f"model.path={path!r}: how many operations a token of it takes is not known (its config does not say how "
+            "many experts a token meets), so nothing can be calibrated by it; take another model"
+        )
 
 
 def speed(probed: Probed, device: str) -> tuple[float, float]:
@@ -132,18 +172,36 @@ def speed(probed: Probed, device: str) -> tuple[float, float]:
     return rate, max(0.0, small - few / rate - reading)
 
 
-def probe_settings(config: TrainConfig, dtype: str) -> dict[str, object]:
-    """The run as it is probed: all weights trained, nothing checkpointed, since that is what plans count from."""
+def probe_settings(config: TrainConfig, dtype: str) -> dict[str, Any]:
+    """The run as one worker is probed: all weights trained, nothing checkpointed, since plans count from that."""
     settings = {**config.model_dump(mode="json", exclude_unset=True)}
     model = {"dtype": dtype, "gradient_checkpointing": False, "lora": None}
-    stage = getattr(config.engine, "stage", None)
-    engine = {"name": config.engine.name} | ({} if stage is None else {"stage": stage})
+    engine = {name: value for name, value in settings.get("engine", {}).items() if name not in _OF_SEVERAL}
     return settings | {"model": {**settings["model"], **model}, "engine": engine}
 
 
-def _in_child(function: Callable[..., Probed], *arguments: object) -> Probed:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+def _in_children(number: int, path: str, function: Callable[..., _T], *arguments: object) -> list[_T]:
+    """The same in so many new processes, which time at once.
+
+    Raises:
+        ConfigError: One of them was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    together = context.Barrier(number)
+    with ProcessPoolExecutor(number, mp_context=context, initializer=_begin, initargs=(together,)) as pool:
+        waiting = [pool.submit(function, *arguments) for _ in range(number)]
+        try:
+            return [each.result() for each in waiting]
+        except BrokenProcessPool:
+            raise ConfigError(
+                f"one of {number} processes that calibrate was killed, most likely for want of memory: each trains all "
+                f"weights of model.path={path!r}, 16 bytes a parameter and more; take a smaller model"
+            ) from None
+
+
+def _begin(together: Barrier) -> None:
+    global _together
+    _together = together
 
 
 def rows_of(config: TrainConfig, number: int) -> list[TokenRow]:
@@ -171,32 +229,37 @@ def rows_of(config: TrainConfig, number: int) -> list[TokenRow]:
     raise ConfigError(f"data.train has {len(rows)} bundles, but calibrating takes {number}; give it more")
 
 
-def probe(settings: dict[str, object], device: str, threads: int, bundles: int) -> Probed:
-    """Measure this process's device by a forward and backward of one bundle, and of several."""
+def probe(settings: dict[str, Any], bundles: int) -> Probed:
+    """Measure this process's GPU by a forward and backward of one bundle, and of several."""
+    config = parse_config(TrainConfig, settings)
+    module = _module(config, "cuda")
+    small, large = (_batches(config, size, "cuda", 1)[0] for size in (1, bundles))
+    work = Work.of(module, lambda parameter: tuple(parameter.shape))
+    _drop_gradients(module)
+    for _ in range(2):  # kernels are chosen and workspaces made
+        _forward_backward(module, large)
+    kept = _kept(module, large, _held("cuda"), "cuda")
+    seconds = tuple(_median(partial(_forward_backward, module, each), "cuda") for each in (small, large))
+    flops = tuple(work.step(each) if work is not None else 0.0 for each in (small, large))
+    reading = READS * sum(weight.numel() * weight.element_size() for weight in module.parameters())
+    return Probed((seconds[0], seconds[1]), (flops[0], flops[1]), kept, _adamw("cuda"), reading)
+
+
+def kept_bytes_of(settings: dict[str, Any], threads: int, bundles: int) -> tuple[float, float]:
+    """What the first forward of this process holds on a CPU, in units of what is counted of it, and how much more one
+    after others of other shapes."""
     torch.set_num_threads(threads)
     config = parse_config(TrainConfig, settings)
-    module = _module(config, device)
-    for weight in module.parameters():  # as an engine that reduces them during the backward
-        weight.register_post_accumulate_grad_hook(_dropped)
-    reading = READS * sum(weight.numel() * weight.element_size() for weight in module.parameters())
+    shapes = _batches(config, bundles, "cpu", SHAPES)
+    module = _module(config, "cpu")
+    _drop_gradients(module)
     gc.collect()
-    before = _held(device)
-    if device == "cpu":
-        shapes = _batches(config, bundles, device, SHAPES)
-        kept = _kept(module, shapes[0], before, device)
-        for batch in shapes[1:]:
-            _forward_backward(module, batch)
-        later = _kept(module, max(shapes, key=lambda batch: batch.tree.tokens), before, device)
-        del module
-        (few, few_flops, _), (many, many_flops, last) = timed_steps(settings, threads, (1, bundles))
-        grown, whole = max(0.0, later - kept), many + last
-        return Probed((few, many), (few_flops, many_flops), kept, STEPPED / last, reading, whole, grown)
-    small, large = (_batches(config, size, device, 1)[0] for size in (1, bundles))
-    work = Work.of(module, lambda parameter: tuple(parameter.shape))
-    kept = _kept(module, large, before, device)
-    seconds = tuple(_median(partial(_forward_backward, module, each), device) for each in (small, large))
-    flops = tuple(work.step(each) if work is not None else 0.0 for each in (small, large))
-    return Probed((seconds[0], seconds[1]), (flops[0], flops[1]), kept, _adamw(device), reading)
+    before = _held("cpu")
+    kept = _kept(module, shapes[0], before, "cpu")
+    for batch in shapes[1:]:
+        _forward_backward(module, batch)
+    later = _kept(module, max(shapes, key=lambda batch: batch.tree.tokens), before, "cpu")
+    return kept, max(0.0, later - kept)
 
 
 def _module(config: TrainConfig, device: str) -> PolicyWithExtractor:
@@ -227,59 +290,54 @@ def _batches(config: TrainConfig, size: int, device: str, number: int) -> list[B
     return found
 
 
-def timed_steps(settings: dict[str, object], threads: int, sizes: Sequence[int]) -> list[tuple[float, float, float]]:
-    """Steps of the run's engine, this process alone, on a CPU; of each number of bundles in `sizes` three medians.
-
-    They are seconds of forward and backward, their useful operations, and seconds of the optimizer's step of `STEPPED`
-    parameters.
-    """
+def timed_steps(settings: dict[str, Any], threads: int, bundles: int) -> Stepped:
+    """Steps of the run's engine on a CPU in this process, a worker by itself: of one bundle and of several by turns,
+    since steps get faster while a process finds its memory."""
     torch.set_num_threads(threads)
     config, device = parse_config(TrainConfig, settings), torch.device("cpu")
     chosen: type[Engine] = resolve("engine", config.engine.name)
     chosen.prepare(device)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "LOCAL_RANK": "0"}
-    dist.init_process_group("gloo", rank=0, world_size=1)
+    os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them; this process is a child
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         with chosen.loading(config):
             module = _module(config, "cpu")
-        trained = sum(parameter.numel() for parameter in module.parameters())
-        work = Work.of(module, lambda parameter: tuple(parameter.shape))
         engine = chosen(module, config, device)
-        # The sizes by turns, since steps get faster while the process finds its memory.
-        turns = zip(*(_batches(config, size, "cpu", TIMED) for size in sizes), strict=True)
-        spent = [[_timed_step(engine, work, batch) for batch in batches] for batches in turns]
+        work = Work.of(engine.module, engine.shape)
+        trained = sum(math.prod(engine.shape(weight)) for weight in engine.module.parameters())
+        spent = []
+        batches = [_batches(config, size, "cpu", TIMED) for size in (1, bundles)]
+        for few, many in zip(*batches, strict=True):
+            spent.append((_timed_step(engine, few), _timed_step(engine, many)))
+            if len(spent) == 1 and _together is not None:
+                _together.wait()
+        flops = [statistics.median(work.step(batch) if work else 0.0 for batch in each[1:]) for each in batches]
     finally:
         dist.destroy_process_group()
-    found = []
-    for of_size in zip(*spent[1:], strict=True):
-        computing, flops, stepping = map(statistics.median, zip(*of_size, strict=True))
-        found.append((computing, flops, stepping * STEPPED / trained))
-    return found
+    small, large = (statistics.median(turn[size][0] for turn in spent[1:]) for size in (0, 1))
+    stepping = statistics.median(step for turn in spent[1:] for _, step in turn)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Stepped((small, large), (flops[0], flops[1]), stepping, trained, peak)
 
 
-def _timed_step(engine: Engine, work: Work | None, batch: Batch) -> tuple[float, float, float]:
+def _timed_step(engine: Engine, batch: Batch) -> tuple[float, float]:
     started = time.perf_counter()
     engine.begin(1)
     engine.backward(_loss_of(engine.forward(batch)))
     computed = time.perf_counter()
     engine.step(1e-9)
-    flops = work.step(batch) if work is not None else 0.0
-    return computed - started, flops, time.perf_counter() - computed
-
-
-def _crowded(settings: dict[str, object], threads: int, bundles: int, crowd: int, alone: float) -> float:
-    """What of its speed alone the slowest of a crowd keeps, which all workers wait for."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(crowd, mp_context=context) as pool:
-        said = list(pool.map(timed_steps, [settings] * crowd, [threads] * crowd, [(bundles,)] * crowd))
-    return min(1.0, alone / max(computing + stepping for ((computing, _, stepping),) in said))
+    return computed - started, time.perf_counter() - computed
 
 
 def _loss_of(said: ModelOutput) -> Tensor:
     loss: Tensor = said.chosen.total.sum() - (said.rejected.total.sum() if said.rejected is not None else 0.0)
     return loss + said.representations.sum() if said.representations is not None else loss
+
+
+def _drop_gradients(module: PolicyWithExtractor) -> None:
+    """As an engine that reduces them while the backward goes on."""
+    for weight in module.parameters():
+        weight.register_post_accumulate_grad_hook(_dropped)
 
 
 def _dropped(weight: Tensor) -> None:
@@ -293,13 +351,8 @@ def _forward_backward(module: PolicyWithExtractor, batch: Batch) -> None:
 def _kept(module: PolicyWithExtractor, batch: Batch, before: int, device: str) -> float:
     """Bytes that a forward holds, in units of what is counted of it.
 
-    On a CPU also what others since `before` left and is not used again; on a GPU what is allocated, after one in which
-    kernels were chosen and workspaces made.
+    On a CPU also what others since `before` left and is not used again.
     """
-    if device == "cuda":
-        for _ in range(2):
-            _forward_backward(module, batch)
-        before = _held(device)
     config = module.language_model.config
     shape = shape_of(config, "probed")
     tree = batch.tree

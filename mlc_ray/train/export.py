@@ -214,6 +214,6 @@ def _merge(adapter: Path, config: TrainConfig, out: Path, *, trust_remote_code: 
     anywhere = {"attention": "auto", "kernels": "torch", "gradient_checkpointing": False}
     model = config.model.model_copy(update={"trust_remote_code": trust_remote_code, **anywhere})
     logger.warning("merging into the base model %r, which the run names", model.path)
-    merged = PeftModel.from_pretrained(load_policy(model), adapter).merge_and_unload()
+    merged = PeftModel.from_pretrained(load_policy(model), adapter, torch_device="cpu").merge_and_unload()
     merged.save_pretrained(out, safe_serialization=True)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(out)

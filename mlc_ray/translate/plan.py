@@ -175,7 +175,7 @@ def _asked(
 
 
 def _answers(config: TranslateConfig, settings: OnPolicySection, drafts: Sequence[Draft]) -> Iterator[Asked]:
-    """The most that a model is to answer: every prompt, and to decline where no refusal is given; and their judging.
+    """The most that a model is to answer, and its judging: prompts that are asked, and to decline without a refusal.
 
     Every answer is taken to be as long as it may be.
     """

@@ -18,7 +18,7 @@ from mlc_ray.runs import QUALITY_FILE
 from mlc_ray.storage import Place
 from mlc_ray.translate.drafts import Own
 
-FORMAT = 1
+FORMAT = 2
 _TOLD_APART = {"Arab", "Cyrl", "Deva", "Hebr", "Latn"}
 """What may follow a language in its tag and is checked, by the script: no region, nor what Chinese is written in."""
 
@@ -179,11 +179,17 @@ def load_quality(folder: Place) -> Quality:
     """
     file = folder / QUALITY_FILE
     try:
-        return _QUALITY.validate_json(file.read_text())
+        found = _QUALITY.validate_json(file.read_text())
     except FileNotFoundError:
         raise QualityFileError(f"{str(file)!r} does not exist") from None
     except (ValidationError, UnicodeDecodeError) as error:
         raise QualityFileError(f"{str(file)!r} is damaged: {str(error).splitlines()[0]}") from None
+    if found.format != FORMAT:
+        raise QualityFileError(
+            f"{str(file)!r} has format {found.format}, but this version reads {FORMAT}; its bundles can be used, and "
+            "mlc-ray translate into another folder makes them again"
+        )
+    return found
 
 
 def as_json(quality: Quality) -> dict[str, Any]:

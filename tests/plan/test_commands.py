@@ -36,6 +36,7 @@ def test_a_calibration_measures_this_machine(small_llama, tmp_path):
     assert rates.adamw > 1e6
     assert rates.exchange > 1e6
     assert 0.7 < rates.kept < 4
+    assert rates.crowd >= 1 and 0 < rates.crowded <= 1 and rates.grown >= 0
     write_calibration(rates, tmp_path / "calibration.json")
     assert rates.threads == 1
     assert rates_of(None, "float32", tmp_path / "calibration.json", threads=1) == rates

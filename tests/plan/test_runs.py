@@ -137,11 +137,15 @@ def test_a_calibration_counts_the_reading_of_weights_once_and_names_other_thread
     crowded = replace(one, crowd=3, crowded=0.5)
     assert [crowded.among(workers).flops for workers in (1, 2, 3, 8)] == [5e10, 3.75e10, 2.5e10, 2.5e10]
     assert crowded.among(3).adamw == 5e7 and one.among(8) == one
+    said = plan(run(cluster={"workers": 8}), "smollm2-135m", Cluster(None, 8, 8, None), 8, crowded).assumed
+    assert "of 8 workers on one CPU each is as fast as of the 3 that were measured at once" in said
     for kind in (False, True):  # what stays of other forwards does not depend on checkpointing
         config = run(model={"path": "m", "gradient_checkpointing": kind})
         before, after = (plan(config, "smollm2-135m", CPU, 1, each) for each in (one, replace(one, grown=0.5)))
         (gaps,) = [part.bytes for part in after.memory.worker if part.name == "gaps"]
-        assert sum(part.bytes for part in after.memory.worker) == sum(part.bytes for part in before.memory.worker) + gaps
+        assert (
+            sum(part.bytes for part in after.memory.worker) == sum(part.bytes for part in before.memory.worker) + gaps
+        )
         more = plan(config, "smollm2-135m", CPU, 1, replace(one, grown=1.0))
         assert [part.bytes for part in more.memory.worker if part.name == "gaps"] == [pytest.approx(2 * gaps, abs=2)]
     four = replace(one, flops=18e10, threads=4)

@@ -95,6 +95,10 @@ def test_hours_memory_and_disk_are_those_of_the_plans_of_runs_and_scores() -> No
     assert found.disk == pytest.approx(expected_disk, rel=1e-3)  # the extractor's weights, which no export has
     gone = study_budget(configured(keep_models=False, models={**raw()["models"], "b": {"path": "qwen2.5-0.5b"}}), H100)
     assert gone.disk == found.disk, "those of one model are removed before those of the next are there"
+    (name,) = raw()["models"]
+    adapters = {name: {**raw()["models"][name], "lora": {"rank": 8}}}
+    merged = study_budget(configured(models=adapters), H100)
+    assert weights * 6 < (merged.disk or 0) < expected_disk, "models are merged, and checkpoints are small"
 
 
 def test_what_the_judge_asks_is_counted_for_every_score_and_costs_what_its_tokens_do() -> None:

@@ -1,14 +1,24 @@
 """A probe of the device: what it computes is what a plan counts, and rates are its slope and intercept."""
 
+import os
 import statistics
 
 import pytest
-import torch
 
+from mlc_ray.config import ConfigError
 from mlc_ray.plan.activations import Row
 from mlc_ray.plan.seconds import attended, flops
 from mlc_ray.plan.shapes import config_of, shape_of
-from mlc_ray.train.calibrate import TIMED, Probed, _batches, probe, probe_settings, speed
+from mlc_ray.train.calibrate import (
+    TIMED,
+    Probed,
+    _batches,
+    _in_children,
+    kept_bytes_of,
+    probe_settings,
+    speed,
+    timed_steps,
+)
 from tests.plan.test_memory import run
 
 
@@ -26,13 +36,16 @@ def test_a_run_with_adapters_is_probed_with_all_its_weights(small_llama):
         model={"path": str(small_llama), "dtype": "float32", "lora": {"rank": 4}, "gradient_checkpointing": True},
         data={"train": [{"path": "sample:train"}]}, cluster={"accelerator": "cpu"},
     )  # fmt: skip
-    threads = torch.get_num_threads()
-    try:
-        probed = probe(probe_settings(config, "float32"), "cpu", 1, 2)
-    finally:
-        torch.set_num_threads(threads)
+    settings = probe_settings(config, "float32")
+    (stepped,) = _in_children(1, "small", timed_steps, settings, 1, 2)
+    assert min(*stepped.seconds, stepped.stepping) > 0 and stepped.peak > 1e8
+    sharded = settings | {"engine": {"name": "deepspeed", "stage": 3}}
+    (shards,) = _in_children(1, "small", timed_steps, sharded, 1, 2)
+    assert (shards.trained, shards.flops) == (stepped.trained, stepped.flops), "stage 3 hides shapes, and nothing else"
+    ((kept, grown),) = _in_children(1, "small", kept_bytes_of, settings, 1, 2)
+    assert kept >= 0.5 and grown >= 0
     shape = shape_of(*config_of(str(small_llama), trust_remote_code=False))
-    for number, counted in zip((1, 2), probed.flops, strict=True):
+    for number, counted in zip((1, 2), stepped.flops, strict=True):
         found = []
         for made in _batches(config, number, "cpu", TIMED)[1:]:
             tree, head = made.tree, len(made.chosen.targets) + len(made.rejected.targets)
@@ -40,3 +53,8 @@ def test_a_run_with_adapters_is_probed_with_all_its_weights(small_llama):
             row = Row(tree.tokens, sum(tree.key_lengths), pairs, head, len(made.prompts.tapped))
             found.append(flops(shape, row, trained=1.0, head_trained=True, pairs=attended(row)))
         assert counted == pytest.approx(statistics.median(found), rel=0.05), "what is measured is what plans count"
+
+
+def test_a_process_that_is_killed_is_told_of(small_llama):
+    with pytest.raises(ConfigError, match=r"one of 2 processes that calibrate was killed.*model\.path='m'"):
+        _in_children(2, "m", os._exit, 9)

@@ -170,6 +170,10 @@ def test_a_cap_stops_it_and_it_goes_on_where_it_was(
     assert "3 bundles in 1 shards" in planned
     assert "translations by m at" in planned and "24 requests" in planned and "at the prices given" in planned
     assert len(server.bodies) == 18 and not (tmp_path / "out" / "planned").exists()
+    earlier = json.loads((folder / "quality.json").read_text()) | {"format": 1}
+    (folder / "quality.json").write_text(json.dumps(earlier))
+    with pytest.raises(QualityFileError, match=r"has format 1, but this version reads 2; its bundles can be used"):
+        load_quality(folder)
     (folder / "quality.json").write_text("{}")
     with pytest.raises(QualityFileError, match="damaged"):
         load_quality(folder)
