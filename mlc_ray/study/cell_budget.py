@@ -199,9 +199,7 @@ def _disk(folders: Sequence[tuple[str, int, RunPlan]], *, keep_models: bool) -> 
         return None
     kept: dict[str, int] = {}
     for model, number, plan in folders:
-        weights = plan.checkpoint_bytes - 12 * plan.trained
-        if plan.settings.get("model.lora") is not None:  # of checkpoints the adapter alone, of models all, merged
-            weights = weights // plan.trained * plan.parameters
+        weights = (2 if plan.settings["model.dtype"] == "bfloat16" else 4) * plan.parameters  # whole, adapters merged
         kept[model] = kept.get(model, 0) + number * weights
     models = sum(kept.values()) if keep_models else max(kept.values())
     return models + max(plan.memory.disk_bytes for _, _, plan in folders)

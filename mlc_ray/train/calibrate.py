@@ -15,7 +15,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -189,14 +189,18 @@ def _in_children(number: int, path: str, function: Callable[..., _T], *arguments
     context = multiprocessing.get_context("spawn")
     together = context.Barrier(number)
     with ProcessPoolExecutor(number, mp_context=context, initializer=_begin, initargs=(together,)) as pool:
-        waiting = [pool.submit(function, *arguments) for _ in range(number)]
-        try:
-            return [each.result() for each in waiting]
-        except BrokenProcessPool:
-            raise ConfigError(
-                f"one of {number} processes that calibrate was killed, most likely for want of memory: each trains all "
-                f"weights of model.path={path!r}, 16 bytes a parameter and more; take a smaller model"
-            ) from None
+        running = [pool.submit(function, *arguments) for _ in range(number)]
+        ended, _ = wait(running, return_when=FIRST_EXCEPTION)
+        faults = [fault for each in ended if (fault := each.exception()) is not None]
+        if not faults:
+            return [each.result() for each in running]
+        together.abort()  # else the others would wait for the one that is gone
+        if not isinstance(faults[0], BrokenProcessPool):
+            raise faults[0]
+        raise ConfigError(
+            f"one of {number} processes that calibrate was killed, most likely for want of memory: each trains all "
+            f"weights of model.path={path!r}, 16 bytes a parameter and more; take a smaller model"
+        )
 
 
 def _begin(together: Barrier) -> None:
@@ -233,7 +237,8 @@ def probe(settings: dict[str, Any], bundles: int) -> Probed:
     """Measure this process's GPU by a forward and backward of one bundle, and of several."""
     config = parse_config(TrainConfig, settings)
     module = _module(config, "cuda")
-    small, large = (_batches(config, size, "cuda", 1)[0] for size in (1, bundles))
+    rows = rows_of(config, bundles)
+    small, large = (_batches(rows, size, 1, "cuda")[0] for size in (1, bundles))
     work = Work.of(module, lambda parameter: tuple(parameter.shape))
     _drop_gradients(module)
     for _ in range(2):  # kernels are chosen and workspaces made
@@ -250,7 +255,7 @@ def kept_bytes_of(settings: dict[str, Any], threads: int, bundles: int) -> tuple
     after others of other shapes."""
     torch.set_num_threads(threads)
     config = parse_config(TrainConfig, settings)
-    shapes = _batches(config, bundles, "cpu", SHAPES)
+    shapes = _batches(rows_of(config, bundles + SHAPES - 1), bundles, SHAPES, "cpu")
     module = _module(config, "cpu")
     _drop_gradients(module)
     gc.collect()
@@ -276,9 +281,8 @@ def _module(config: TrainConfig, device: str) -> PolicyWithExtractor:
     return module
 
 
-def _batches(config: TrainConfig, size: int, device: str, number: int) -> list[Batch]:
+def _batches(rows: list[TokenRow], size: int, number: int, device: str) -> list[Batch]:
     """So many different ones of `size` bundles."""
-    rows = rows_of(config, size + number - 1)
     languages = sorted({code for row in rows for code in row.languages})
     found = []
     for at in range(number):
@@ -306,7 +310,8 @@ def timed_steps(settings: dict[str, Any], threads: int, bundles: int) -> Stepped
         work = Work.of(engine.module, engine.shape)
         trained = sum(math.prod(engine.shape(weight)) for weight in engine.module.parameters())
         spent = []
-        batches = [_batches(config, size, "cpu", TIMED) for size in (1, bundles)]
+        rows = rows_of(config, bundles + TIMED - 1)
+        batches = [_batches(rows, size, TIMED, "cpu") for size in (1, bundles)]
         for few, many in zip(*batches, strict=True):
             spent.append((_timed_step(engine, few), _timed_step(engine, many)))
             if len(spent) == 1 and _together is not None:

@@ -9,6 +9,7 @@ from mlc_ray.config import ConfigError
 from mlc_ray.plan.activations import Row
 from mlc_ray.plan.seconds import attended, flops
 from mlc_ray.plan.shapes import config_of, shape_of
+from mlc_ray.train import calibrate
 from mlc_ray.train.calibrate import (
     TIMED,
     Probed,
@@ -16,6 +17,7 @@ from mlc_ray.train.calibrate import (
     _in_children,
     kept_bytes_of,
     probe_settings,
+    rows_of,
     speed,
     timed_steps,
 )
@@ -47,7 +49,7 @@ def test_a_run_with_adapters_is_probed_with_all_its_weights(small_llama):
     shape = shape_of(*config_of(str(small_llama), trust_remote_code=False))
     for number, counted in zip((1, 2), stepped.flops, strict=True):
         found = []
-        for made in _batches(config, number, "cpu", TIMED)[1:]:
+        for made in _batches(rows_of(config, number + TIMED - 1), number, TIMED, "cpu")[1:]:
             tree, head = made.tree, len(made.chosen.targets) + len(made.rejected.targets)
             pairs = sum(q * k for q, k in zip(tree.lengths, tree.key_lengths, strict=True))
             row = Row(tree.tokens, sum(tree.key_lengths), pairs, head, len(made.prompts.tapped))
@@ -55,6 +57,21 @@ def test_a_run_with_adapters_is_probed_with_all_its_weights(small_llama):
         assert counted == pytest.approx(statistics.median(found), rel=0.05), "what is measured is what plans count"
 
 
-def test_a_process_that_is_killed_is_told_of(small_llama):
+def test_a_process_that_is_killed_is_told_of():
     with pytest.raises(ConfigError, match=r"one of 2 processes that calibrate was killed.*model\.path='m'"):
         _in_children(2, "m", os._exit, 9)
+
+
+def test_a_process_that_fails_keeps_no_other_waiting(tmp_path):
+    """The first one fails, and the second waits for it until that is known."""
+    with pytest.raises(MemoryError, match="too little"):
+        _in_children(2, "m", fails_once, tmp_path / "first")
+
+
+def fails_once(first):
+    try:
+        first.touch(exist_ok=False)
+    except FileExistsError:
+        calibrate._together.wait()
+    else:
+        raise MemoryError("too little")
