@@ -31,9 +31,10 @@ from mlc_ray.data.tables import rows_to_table
 from mlc_ray.plan.activations import Row
 from mlc_ray.plan.cutting import cutting_of, order_of
 from mlc_ray.plan.hardware import Cluster
-from mlc_ray.plan.lengths import Cut, row_of
+from mlc_ray.plan.lengths import Cut, of_artifact, row_of
 from mlc_ray.plan.memory import holding_of, peak
 from mlc_ray.plan.rates import Rates
+from mlc_ray.plan.runs import plan_run
 from mlc_ray.plan.seconds import seconds
 from mlc_ray.plan.shapes import config_of as model_config
 from mlc_ray.plan.shapes import counted, shape_of
@@ -73,11 +74,14 @@ POINTS: dict[str, dict[str, Any]] = {
 
 
 def planned(point: Mapping[str, Any], model: str, tokens: TokenArtifact, rates: Rates) -> dict[str, float]:
-    """What the planner says of a point whose batches it knows."""
+    """What the planner says of a point whose batches it knows; as `drawn`, what `mlc-ray plan` says of the run, for
+    which it draws batches of the bundles, looks at the largest and takes the mean."""
     config = config_of(point, model)
     of_model, _ = model_config(model)
     shape = counted(shape_of(of_model, Path(model).name), of_model)
     workers, steps = point["workers"], point["steps"]
+    cluster = Cluster(None, workers, workers, None)
+    drawn = plan_run(config, shape, cluster, of_artifact(tokens), rates, dtype=point["dtype"], workers=workers)
     held = holding_of(config, shape, workers=workers, dtype=point["dtype"], device="cpu")
     cutting = cutting_of(config, tokens, tokens_per_forward=point["tokens"], world_size=workers)
     of_steps: list[Cut] = []
@@ -93,11 +97,12 @@ def planned(point: Mapping[str, Any], model: str, tokens: TokenArtifact, rates: 
     given = {"kept_share": rates.kept, "grown": rates.grown}
     each = [peak(config, shape, held, cut.largest, forwards=cut.forwards, **given) for cut in of_steps]
     parts = max(each, key=lambda parts: sum(part.bytes for part in parts))
-    cluster = Cluster(None, workers, workers, None)
     spent = [seconds(config, shape, held, cut, rates=rates, cluster=cluster)[0].step for cut in of_steps[1:]]
     return {
         "memory": sum(part.bytes for part in parts),
         "seconds": statistics.median(spent),
+        "drawn/memory": drawn.memory.worker_bytes,
+        "drawn/seconds": drawn.seconds.step,
         **{f"memory/{part.name}": part.bytes for part in parts},
     }
 
@@ -161,13 +166,14 @@ def line(name: str, found: Mapping[str, Any]) -> str:
         what for what, off, goal in (("memory", memory, MEMORY_GOAL), ("time", time, TIME_GOAL)) if abs(off) > goal
     ]
     note = f"missed: {', '.join(missed)}" if missed else ""
+    drawn = [plan[f"drawn/{what}"] / said[what] - 1 for what in ("memory", "seconds")]
     of_memory = f"{said['memory'] / 2**30:.2f} | {plan['memory'] / 2**30:.2f} | {memory:+.1%}"
-    return f"| {name} | {of_memory} | {said['seconds']:.2f} | {plan['seconds']:.2f} | {time:+.1%} | {note} |"
+    return f"| {name} | {of_memory} | {said['seconds']:.2f} | {plan['seconds']:.2f} | {time:+.1%} | {drawn[0]:+.1%} | {drawn[1]:+.1%} | {note} |"
 
 
 def table(results: Results) -> str:
     """All points as Markdown."""
-    head = ("point", "GiB", "planned", "off by", "s a step", "planned", "off by", "")
+    head = ("point", "GiB", "planned", "off by", "s a step", "planned", "off by", "drawn: GiB", "s", "")
     rows = [line(name, found) for name, found in results.found["points"].items()]
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows])
 

@@ -65,6 +65,21 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     return frozenset.intersection(*(frozenset(line.split()) for line in lines)) if lines else frozenset()
 
 
+class VisibleGpu(NamedTuple):
+    """A GPU as PyTorch names it, and the bytes of its memory."""
+
+    name: str
+    memory: int
+
+
+def visible_gpus() -> list[VisibleGpu]:
+    """Each GPU that this process sees."""
+    import torch
+
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [VisibleGpu(str(each.name), int(each.total_memory)) for each in found]
+
+
 def gpu_capabilities() -> list[tuple[int, int]]:
     """CUDA capability of each GPU that this process sees."""
     import torch

@@ -76,10 +76,7 @@ def look(folder: str, nonce: str | None = None) -> Machine:
     sees = nonce is not None and (there / nonce).is_file()
     while not there.is_dir():
         there = there.parent
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        gpus.append((str(properties.name), int(properties.total_memory)))
+    gpus = device.visible_gpus()
     shm = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
     return Machine(
         host=socket.gethostname(),

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from mlc_ray.config import (
+    ClusterSection,
     ConfigError,
     ScoreConfig,
     ScoringSection,
@@ -17,21 +18,20 @@ from mlc_ray.config import (
     TrainConfig,
     load_config,
 )
-from mlc_ray.device import host_memory
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.check import check_run
 from mlc_ray.plan.check_engines import check_beside, check_engine
-from mlc_ray.plan.hardware import Cluster, cluster_of, this_machine, with_workers
+from mlc_ray.plan.hardware import Cluster, cluster_of, with_workers
 from mlc_ray.plan.lengths import Weights, weights_of
 from mlc_ray.plan.nearest import Fitting, cheapest, fitting
-from mlc_ray.plan.rates import Rates, gpu_here, rates_of, read_calibrations, threads_of
+from mlc_ray.plan.rates import rates_of, threads_of
 from mlc_ray.plan.records import RunPlan
-from mlc_ray.plan.runs import PlanError, dtype_of, plan_run
+from mlc_ray.plan.runs import NoRoomError, PlanError, dtype_of, plan_run
 from mlc_ray.plan.scores import ScorePlan, plan_scoring, plan_search
 from mlc_ray.plan.shapes import Shape, ShapeError, config_of, counted, is_quantised, shape_of
 from mlc_ray.plan.show import run_json, run_lines, score_json, score_lines, search_json, search_lines
-from mlc_ray.plan.there import cluster_there
-from mlc_ray.score.counted_prompts import prompts_of
+from mlc_ray.plan.there import cluster_here, grows, joined
+from mlc_ray.score.counted_prompts import Prompts, prompts_of
 
 _CLUSTER = ("gpus", "gpu", "gpus_per_node", "node_memory")
 
@@ -66,7 +66,12 @@ def plan_command(arguments: argparse.Namespace) -> None:
         _calibrate(arguments)
         return
     kinds: dict[str, Any] = {"train": _train, "score": _score, "search": _search}
-    lines, found = kinds[arguments.kind or "train"](arguments, named_cluster(arguments) or cluster_here())
+    try:
+        lines, found = kinds[arguments.kind or "train"](arguments)
+    except NoRoomError as error:
+        if arguments.json:
+            print(json.dumps({"fits": False, "refused": str(error)}, indent=2))
+        raise DoesNotFitError(str(error)) from None
     print(json.dumps(found, indent=2) if arguments.json else "\n".join(lines))
     parts = [found] if "fits" in found else found.values()
     if not all(part["fits"] for part in parts):
@@ -102,22 +107,12 @@ def named_cluster(arguments: argparse.Namespace) -> Cluster | None:
     )
 
 
-def cluster_here() -> Cluster:
-    """The one that is there, or this machine."""
-    from mlc_ray.cluster import connect, running, use_gpu
-
-    if running() is not None:
-        connect("auto")
-        if (there := cluster_there(gpu=use_gpu("auto"))) is not None:
-            return there
-    import torch
-
-    if torch.cuda.is_available():
-        number = torch.cuda.device_count()
-        memory = torch.cuda.get_device_properties(0).total_memory
-        gpu = gpu_here(torch.cuda.get_device_name(), memory, read_calibrations())
-        return Cluster(gpu, number, number, host_memory().total)
-    return this_machine()
+def _run_on(arguments: argparse.Namespace, section: ClusterSection) -> Cluster:
+    """Where a run with this section is planned."""
+    named = named_cluster(arguments)
+    if named is not None:
+        return named
+    return cluster_here(section.address, accelerator=section.accelerator, labels=section.label_selector)
 
 
 def _shape(arguments: argparse.Namespace, path: str, *, trust_remote_code: bool) -> Shape:
@@ -130,48 +125,80 @@ def _shape(arguments: argparse.Namespace, path: str, *, trust_remote_code: bool)
     return counted(shape_of(config, name), config, trust_remote_code=trust_remote_code)
 
 
-def _run(
-    arguments: argparse.Namespace, config: TrainConfig, cluster: Cluster, *, workers: int
-) -> tuple[RunPlan, Fitting | None, Shape, Weights]:
-    from mlc_ray.runs import artifact_cache
-    from mlc_ray.storage import Place
+class _Runs:
+    """Plans of runs of one model on one cluster."""
 
-    shape = _shape(arguments, config.model.path, trust_remote_code=config.model.trust_remote_code)
-    cluster = with_workers(cluster, workers)
-    weights: Weights = weights_of(config, artifact_cache(Place(config.output_dir)))
-    dtype = dtype_of(config.model.dtype, cluster)
-    rates: Rates = rates_of(cluster.gpu, dtype, threads=threads_of(config))
-    plan = plan_run(config, shape, cluster, weights, rates, dtype=dtype, workers=workers)
-    found = fitting(config, shape, cluster, weights, rates, dtype=dtype, workers=workers)
-    return plan, cheapest(found), shape, weights
+    def __init__(self, arguments: argparse.Namespace, base: TrainConfig, cluster: Cluster, *, workers: int) -> None:
+        self.shape = _shape(arguments, base.model.path, trust_remote_code=base.model.trust_remote_code)
+        self.cluster, self.workers = with_workers(cluster, workers), workers
+        self._weights: dict[str, Weights] = {}
+
+    def weights(self, config: TrainConfig) -> Weights:
+        """What the bundles of a run weigh."""
+        from mlc_ray.runs import artifact_cache
+        from mlc_ray.storage import Place
+
+        if (key := config.data.model_dump_json()) not in self._weights:
+            self._weights[key] = weights_of(config, artifact_cache(Place(config.output_dir)))
+        return self._weights[key]
+
+    def plan(self, config: TrainConfig) -> RunPlan:
+        """The plan of a run."""
+        return plan_run(config, self.shape, self.cluster, self.weights(config), **self._given(config))
+
+    def cheapest(self, config: TrainConfig) -> Fitting | None:
+        """The cheapest of the settings that fit."""
+        return cheapest(fitting(config, self.shape, self.cluster, self.weights(config), **self._given(config)))
+
+    def _given(self, config: TrainConfig) -> dict[str, Any]:
+        dtype = dtype_of(config.model.dtype, self.cluster)
+        rates = rates_of(self.cluster.gpu, dtype, threads=threads_of(config))
+        return {"rates": rates, "dtype": dtype, "workers": self.workers}
 
 
-def _train(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:
+def _train(arguments: argparse.Namespace) -> tuple[Sequence[str], Any]:
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
+    section = config.cluster
+    cluster = _run_on(arguments, section)
     # All GPUs that are named; of a cluster that is there, as many as the run takes.
-    workers = arguments.gpus or config.cluster.most_workers
-    plan, best, *_ = _run(arguments, config, cluster, workers=workers)
-    if "workers" in config.cluster.model_fields_set and workers != config.cluster.most_workers:
-        said = f"all {workers} GPUs of --gpus, not cluster.workers={config.cluster.workers}"
+    workers = arguments.gpus or section.most_workers
+    if arguments.gpus is None and cluster.gpu is not None and not (joined() and grows()):
+        if section.least_workers > cluster.gpus:
+            raise NoRoomError(
+                f"cluster.workers={section.workers}, but the cluster has {cluster.gpus} GPUs; lower it, or take more"
+            )
+        workers = min(workers, cluster.gpus)
+    runs = _Runs(arguments, config, cluster, workers=workers)
+    plan = runs.plan(config)
+    if "workers" in section.model_fields_set and arguments.gpus not in (None, section.most_workers):
+        said = f"all {workers} GPUs of --gpus, not cluster.workers={section.workers}"
         plan = replace(plan, assumed=(*plan.assumed, said))
-    return run_lines(plan, best), run_json(plan, best)
+    refused = None
+    if section.least_workers < workers and section.plan == "check":  # an elastic run: what `train` looks at
+        few = _as_planned(config, arguments.shape or config.model.path, cluster)
+        refused = _refused(
+            lambda: check_run(few, gpu=cluster.gpu is not None, weights=runs.weights(few), cluster=cluster)
+        )
+    best = runs.cheapest(config)
+    return run_lines(plan, best, refused), run_json(plan, best, refused)
 
 
-def _score(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:
+def _score(arguments: argparse.Namespace) -> tuple[Sequence[str], Any]:
     defaults = {"model": arguments.shape} if arguments.shape is not None else {}
     config = load_config(ScoreConfig, arguments.config, arguments.overrides, defaults=defaults)
+    cluster = named_cluster(arguments) or cluster_here(
+        config.address, accelerator=config.accelerator, labels=config.engine.label_selector
+    )
     shape = _shape(arguments, config.model, trust_remote_code=config.engine.trust_remote_code)
-    plan = _scored(config, shape, cluster, prompts=len(prompts_of(config.benchmarks, config, config.limit)))
-    gpu, on = cluster.gpu is not None, _to_check(arguments, cluster)
+    plan = _scored(config, shape, cluster, prompts_of(config.benchmarks, config, config.limit))
+    gpu, on = cluster.gpu is not None, _to_check(cluster)
     refused = _refused(lambda: check_engine(arguments.shape or config.model, config, gpu=gpu, cluster=on))
     return score_lines(plan, refused), score_json(plan, refused)
 
 
-def _to_check(arguments: argparse.Namespace, cluster: Cluster) -> Cluster | None:
-    """What checks look at; None where that is the cluster that is there, which they ask as the command itself does."""
-    from mlc_ray.cluster import running
-
-    return cluster if arguments.gpus is not None or running() is None else None
+def _to_check(cluster: Cluster) -> Cluster | None:
+    """What checks look at; None where that is a cluster that was joined, which they ask as the command itself does."""
+    return None if joined() else cluster
 
 
 def _refused(check: Callable[[], None]) -> str | None:
@@ -183,13 +210,14 @@ def _refused(check: Callable[[], None]) -> str | None:
     return None
 
 
-def _scored(scoring: ScoringSection, shape: Shape, cluster: Cluster, *, prompts: int) -> ScorePlan:
+def _scored(scoring: ScoringSection, shape: Shape, cluster: Cluster, prompts: Prompts) -> ScorePlan:
     from mlc_ray.score.plan import with_longest_answer
 
-    return plan_scoring(with_longest_answer(scoring), shape, cluster, prompts=prompts)
+    plan = plan_scoring(with_longest_answer(scoring), shape, cluster, prompts=len(prompts))
+    return replace(plan, counted=prompts.assumed)
 
 
-def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:
+def _search(arguments: argparse.Namespace) -> tuple[Sequence[str], Any]:
     from mlc_ray.search.selection import count_asked
     from mlc_ray.search.space import make_space
     from mlc_ray.search.tune import number_of_points
@@ -197,12 +225,16 @@ def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[s
     config = load_config(SearchConfig, arguments.config, arguments.overrides)
     space = make_space(config)
     base = space.run(next(iter(space.corners())), name="corner")
-    run, best, shape, weights = _run(arguments, base, cluster, workers=base.cluster.most_workers)
-    scoring, asked = config.scoring, count_asked(config)[:2]
-    choosing, confirming = (_scored(scoring, shape, cluster, prompts=number) for number in asked)
-    points = number_of_points(config, space)
+    cluster = _run_on(arguments, base.cluster)
+    planned = _Runs(arguments, base, cluster, workers=base.cluster.most_workers)
+    values = space.heaviest(lambda trial: planned.plan(trial).wall_seconds)
+    longest = space.run(values, name="corner")
+    run, best = planned.plan(longest), planned.cheapest(longest)
+    scoring, points = config.scoring, number_of_points(config, space)
+    choosing, confirming = (_scored(scoring, planned.shape, cluster, prompts) for prompts in count_asked(config))
     plan = plan_search(config, run, points=points, choosing=choosing, confirming=confirming, cluster=cluster)
-    model, gpu, on = arguments.shape or base.model.path, cluster.gpu is not None, _to_check(arguments, cluster)
+    plan = replace(plan, assumed=(*plan.assumed, f"each trial takes as long as that of {values}, which takes longest"))
+    model, gpu, on = arguments.shape or base.model.path, cluster.gpu is not None, _to_check(cluster)
     lacks = _refused(lambda: check_engine(model, scoring, gpu=gpu, cluster=on))
     runs = [_as_planned(space.run(corner, name="corner"), model, cluster) for corner in space.corners()]
     refused: str | None = None
@@ -210,7 +242,7 @@ def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[s
     if base.cluster.plan == "check":
         try:
             for each in runs:
-                check_run(each, gpu=gpu, weights=weights if each.data == base.data else None, cluster=on)
+                check_run(each, gpu=gpu, weights=planned.weights(each), cluster=on)
             if not gpu:
                 together = check_beside(scoring, runs, at_once=min(config.concurrency, plan.trials), cluster=on)
         except PlanError as error:

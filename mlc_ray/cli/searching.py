@@ -89,13 +89,13 @@ def _check_budget(arguments: argparse.Namespace) -> None:
 
 
 def _study_budget(arguments: argparse.Namespace, config: StudyConfig) -> None:
-    from mlc_ray.cli.plan import DoesNotFitError, cluster_here, named_cluster
+    from mlc_ray.cli.plan import DoesNotFitError, named_cluster
     from mlc_ray.report.console import show
     from mlc_ray.report.tables import console
     from mlc_ray.study.budget_tables import study_budget_json, study_budget_lines, study_budget_tables
     from mlc_ray.study.cell_budget import study_budget
 
-    budget = study_budget(config, named_cluster(arguments) or cluster_here())
+    budget = study_budget(config, named_cluster(arguments))
     if arguments.json:
         print(json.dumps(study_budget_json(budget), indent=2))
     else:

@@ -11,8 +11,8 @@ from mlc_ray.plan.nearest import fitting, nearest
 from mlc_ray.plan.rates import rates_of, threads_of
 from mlc_ray.plan.records import GIB, Memory, RunPlan
 from mlc_ray.plan.runs import PlanError, plan_run, plannable
-from mlc_ray.plan.shapes import known_shape
-from mlc_ray.plan.there import cluster_there
+from mlc_ray.plan.shapes import Shape, known_shape
+from mlc_ray.plan.there import known_cluster
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +34,19 @@ def check_run(
     if config.cluster.plan == "skip" or not plannable(config):
         return
     labels = config.cluster.label_selector
-    cluster = cluster_there(gpu=gpu, labels=labels) if cluster is None else cluster
+    cluster = known_cluster(gpu=gpu, labels=labels) if cluster is None else cluster
     if cluster is None:
-        logger.info("memory is not planned: the GPUs of this cluster are not in the table (mlc_ray/plan/hardware.py)")
         return
-    workers = config.cluster.least_workers
-    cluster = with_workers(cluster, workers)
     shape = known_shape(config.model.path, trust_remote_code=config.model.trust_remote_code)
     if shape is None:
         return
+    least_workers, most_workers = config.cluster.least_workers, config.cluster.most_workers
+    # More GPUs hold more; more workers on the same CPUs share what their nodes have.
+    for workers in {least_workers, least_workers if gpu else most_workers}:
+        _check(config, shape, with_workers(cluster, workers), weights, workers=workers)
+
+
+def _check(config: TrainConfig, shape: Shape, cluster: Cluster, weights: Weights | None, *, workers: int) -> None:
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
     rates = rates_of(cluster.gpu, dtype, threads=threads_of(config))
     plan = plan_run(

@@ -13,7 +13,7 @@ from mlc_ray.plan.rates import rates_of, threads_of
 from mlc_ray.plan.records import GIB
 from mlc_ray.plan.runs import PlanError, dtype_of, plan_run, plannable
 from mlc_ray.plan.shapes import Shape, known_shape
-from mlc_ray.plan.there import cluster_there, engines_there, grows
+from mlc_ray.plan.there import engines_there, grows, known_cluster
 
 
 def check_engine(
@@ -51,7 +51,7 @@ def check_readers(scoring: ScoringSection, readers: Sequence[Reader], *, gpu: bo
 
 def _check(engines: Engines, *, gpu: bool, given: Cluster | None) -> None:
     engine, where = engines.engine, f"{engines.where}engine"
-    cluster = cluster_there(gpu=gpu, labels=engine.label_selector) if given is None else given
+    cluster = known_cluster(gpu=gpu, labels=engine.label_selector) if given is None else given
     if cluster is None or (shape := engines.shape()) is None:
         return
     plan = plan_engine(shape, engine, cluster, where=engines.where)
@@ -127,7 +127,7 @@ def check_beside(
         PlanError: They do; the message says how many trials would fit.
     """
     run, given = runs[0], cluster
-    cluster = cluster_there(gpu=False, labels=run.cluster.label_selector) if given is None else given
+    cluster = known_cluster(gpu=False, labels=run.cluster.label_selector) if given is None else given
     if cluster is None or cluster.node_memory is None or not plannable(run) or (given is None and grows()):
         return False
     shape = known_shape(run.model.path, trust_remote_code=run.model.trust_remote_code)

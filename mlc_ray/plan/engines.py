@@ -12,7 +12,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.judges.panel import PanelJudge, Reader
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.records import GIB
-from mlc_ray.plan.runs import PlanError, dtype_of
+from mlc_ray.plan.runs import NoRoomError, PlanError, dtype_of
 from mlc_ray.plan.shapes import Shape, known_shape
 
 logger = logging.getLogger(__name__)
@@ -121,11 +121,11 @@ def room_of(engine: EngineSection, cluster: Cluster, *, where: str = "") -> int:
     """Engines that the nodes of a cluster with GPUs hold, each on one node.
 
     Raises:
-        PlanError: A node holds none.
+        NoRoomError: A node holds none.
     """
     parallel = engine.tensor_parallel
     if parallel > cluster.per_node:
-        raise PlanError(
+        raise NoRoomError(
             f"{where}engine.tensor_parallel={parallel}, but an engine lies on one node, which has "
             f"{cluster.per_node} GPUs; lower it"
         )

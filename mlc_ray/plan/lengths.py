@@ -137,11 +137,12 @@ def _bundles_in(file: SourceFile) -> int:
     """Bundles of a file; of a large one about."""
     from mlc_ray.data.sources import Reading
 
-    rows = Reading(file).rows()
+    reading = Reading(file)
+    rows = reading.rows()
     if _bytes(Path(file.path)) <= HASHED:
         return sum(isinstance(row.parsed, Bundle) for row in rows)
     some = [row.parsed for row in islice(rows, SAMPLE) if isinstance(row.parsed, Bundle)]
-    return _about(Path(file.path), some) if some else 0
+    return _about(Path(file.path), some, of=reading.seen.records) if some else 0
 
 
 def _bytes(path: Path) -> int:
@@ -163,7 +164,8 @@ def _of_sample(config: TrainConfig, *, count: bool) -> Weights:
     files = [file for source in data.train for file in resolve_source(source)]
     each = max(1, SAMPLE // len(files))
     for file in files:
-        found = Reading(file).rows()
+        reading = Reading(file)
+        found = reading.rows()
         some = [row.parsed for row in islice(found, each) if isinstance(row.parsed, Bundle)]
         rows += [
             tokenize_bundle(
@@ -176,21 +178,26 @@ def _of_sample(config: TrainConfig, *, count: bool) -> Weights:
         if count:
             bundles += sum(isinstance(row.parsed, Bundle) for row in found)
         elif some:
-            bundles += max(0, _about(Path(file.path), some) - len(some))
+            bundles += max(0, _about(Path(file.path), some, of=reading.seen.records) - len(some))
     if not rows:
         return assumed(config)
     how = "of" if count else "of about"
     return replace(of_rows(rows), bundles=bundles, said=f"measured: {len(rows):,} {how} {bundles:,} bundles, tokenised")
 
 
-def _about(path: Path, some: Sequence[Bundle]) -> int:
-    """Bundles of a large file or folder: rows, where Parquet says them; else its bytes by those of some as JSON."""
+def _about(path: Path, some: Sequence[Bundle], *, of: int) -> int:
+    """Bundles that a run takes of a large file or folder, of whose first `of` records it takes `some`.
+
+    The file has as many records as Parquet says, else its bytes by those of some as JSON.
+    """
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        return int(pyarrow.parquet.read_metadata(path).num_rows)
-    each = sum(len(json.dumps(bundle_columns(bundle), ensure_ascii=False).encode()) for bundle in some) / len(some)
-    return round(_bytes(path) / each)
+        records = float(pyarrow.parquet.read_metadata(path).num_rows)
+    else:
+        each = sum(len(json.dumps(bundle_columns(bundle), ensure_ascii=False).encode()) for bundle in some) / len(some)
+        records = _bytes(path) / each
+    return round(records * len(some) / of)
 
 
 def of_rows(rows: Sequence[TokenRow]) -> Weights:

@@ -49,6 +49,7 @@ class Rates:
         measured: when, as text; None where it is assumed.
         threads: of a worker on a CPU, as measured; None on GPUs.
         crowd, crowded: of so many workers at once on one CPU each has this share of `flops` and `adamw`.
+        lora_flops, lora_forward_seconds: the same of adapters, whose base has no gradients; None where not measured.
     """
 
     device: str
@@ -63,6 +64,14 @@ class Rates:
     crowd: int = 1
     crowded: float = 1.0
     grown: float = 0.0
+    lora_flops: float | None = None
+    lora_forward_seconds: float | None = None
+
+    def training(self, *, lora: bool) -> Rates:
+        """Of runs with adapters, or of others."""
+        if not lora or self.lora_flops is None or self.lora_forward_seconds is None:
+            return self
+        return replace(self, flops=self.lora_flops, forward_seconds=self.lora_forward_seconds)
 
     def among(self, workers: int) -> Rates:
         """Of each of so many workers on one node: as measured with a `crowd`, and in between by a straight line."""
@@ -121,6 +130,14 @@ def rates_of(gpu: Gpu | None, dtype: str, file: Path | None = None, *, threads: 
     found = [each for each in read_calibrations(file) if (each.device, each.dtype) == (name, dtype)]
     found.sort(key=lambda each: each.threads == threads, reverse=True)
     return found[0] if found else assumed_rates(gpu, dtype)
+
+
+def said_of(rates: Rates) -> str:
+    """How fast a worker or an engine is taken to be, and of what calibration that is, if of any."""
+    rate = f"{rates.flops / 1e12:.3g}e12 useful operations a second"
+    if rates.measured is None:
+        return f"{rate} ({rates.device}, not calibrated: mlc-ray plan --calibrate on such a machine)"
+    return f"{rate}, as calibrated ({rates.measured})"
 
 
 def threads_of(config: TrainConfig) -> int:

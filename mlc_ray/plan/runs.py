@@ -30,7 +30,7 @@ from mlc_ray.plan.memory import (
     states,
     zero_extra,
 )  # fmt: skip
-from mlc_ray.plan.rates import Rates, rates_of, threads_of
+from mlc_ray.plan.rates import Rates, rates_of, said_of, threads_of
 from mlc_ray.plan.records import Memory, Part, RunPlan, Work
 from mlc_ray.plan.seconds import REPEATED, flops, gathering, seconds
 from mlc_ray.plan.shapes import Shape
@@ -43,6 +43,10 @@ SETTINGS = (
 
 class PlanError(MlcRayError):
     """What is asked for cannot be planned, or cannot fit; the message names the part that breaks and what would fit."""
+
+
+class NoRoomError(PlanError):
+    """A cluster has fewer GPUs, or smaller nodes, than what is to run on it, so that there is nothing to plan."""
 
 
 def dtype_of(said: str, cluster: Cluster) -> str:
@@ -130,11 +134,12 @@ def plan_alone(config: TrainConfig, shape: Shape, cluster: Cluster, weights: Wei
     """What a run needs on a cluster that it has alone, with as many workers as its settings say.
 
     Raises:
-        PlanError: Its engine is not DeepSpeed, or the cluster has fewer GPUs than it has workers.
+        PlanError: Its engine is not DeepSpeed.
+        NoRoomError: The cluster has fewer GPUs than it has workers.
     """
     workers, dtype = config.cluster.most_workers, dtype_of(config.model.dtype, cluster)
     if cluster.gpu is not None and workers > cluster.gpus:
-        raise PlanError(f"cluster.workers={workers}, but the cluster has {cluster.gpus} GPUs; lower it, or take more")
+        raise NoRoomError(f"cluster.workers={workers}, but the cluster has {cluster.gpus} GPUs; lower it, or take more")
     rates = rates_of(cluster.gpu, dtype, threads=threads_of(config))
     return plan_run(config, shape, with_workers(cluster, workers), weights, rates, dtype=dtype, workers=workers)
 
@@ -198,13 +203,11 @@ def _read(config: TrainConfig, name: str) -> object:
 
 def _assumed(config: TrainConfig, rates: Rates, cluster: Cluster, shape: Shape, workers: int) -> tuple[str, ...]:
     said = []
-    rate = f"{rates.flops / 1e12:.3g}e12 useful operations a second and worker"
-    if rates.measured is None:
-        said.append(f"{rate} ({rates.device}, not calibrated: mlc-ray plan --calibrate on such a machine)")
-    elif rates.threads is not None and rates.threads != (threads := threads_of(config)):
+    said.append(said_of(rates))
+    if rates.threads is not None and rates.threads != (threads := threads_of(config)):
         said.append(
-            f"{rate}, as measured with cluster.cpus_per_worker={rates.threads}, but this run has {threads}: calibrate "
-            "with that"
+            f"the same with cluster.cpus_per_worker={threads} as with {rates.threads}, with which that was measured: "
+            "calibrate with this one"
         )
     if rates.crowd < (here := min(workers, cluster.per_node)) and cluster.gpu is None and rates.measured is not None:
         said.append(f"of {here} workers on one CPU each is as fast as of the {rates.crowd} that were measured at once")

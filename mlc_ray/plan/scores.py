@@ -9,9 +9,9 @@ from mlc_ray.config.search import PROBE_LIMIT
 from mlc_ray.plan.engines import EnginePlan, Engines, plan_engine, readers_of, room_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import HEAD, PROMPT
-from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.rates import rates_of, said_of
 from mlc_ray.plan.records import RunPlan
-from mlc_ray.plan.runs import PlanError, dtype_of
+from mlc_ray.plan.runs import NoRoomError, dtype_of
 from mlc_ray.plan.shapes import Shape
 
 START_GPU, START_CPU = 72.0, 13.0
@@ -35,8 +35,10 @@ class ScorePlan:
         engine: one of them.
         start: seconds of `seconds` until engines answer.
         seconds: of all, without the readers.
+        rates: what was assumed of their speed.
         readers: the engines of judges, guards and translators, each asked at most every response; none of theirs.
         unknown: models of such engines that are not planned, by the names of their settings.
+        counted: what was assumed of the prompts, each as a sentence.
     """
 
     of: str
@@ -47,8 +49,10 @@ class ScorePlan:
     engine: EnginePlan
     start: float
     seconds: float
+    rates: str
     readers: tuple[ScorePlan, ...] = ()
     unknown: tuple[str, ...] = ()
+    counted: tuple[str, ...] = ()
 
     @property
     def wall_seconds(self) -> float:
@@ -62,8 +66,10 @@ class ScorePlan:
 
     @property
     def assumed(self) -> tuple[str, ...]:
-        """What is left out, each as a sentence."""
-        return tuple(f"nothing for the engines of {each}, which are not known" for each in self.unknown)
+        """What was assumed, and what is left out, each as a sentence."""
+        rates = dict.fromkeys(each.rates for each in (self, *self.readers))
+        left_out = (f"nothing for the engines of {each}, which are not known" for each in self.unknown)
+        return (*self.counted, *rates, *left_out)
 
     @property
     def held(self) -> int:
@@ -111,10 +117,11 @@ def plan_score(
     On CPUs `replicas: auto` is taken for an engine on each node.
 
     Raises:
-        PlanError: An engine has more GPUs than a node, or the model's heads cannot be split over them.
+        NoRoomError: An engine has more GPUs than a node.
+        PlanError: The model's heads cannot be split over them.
     """
     own = plan_engine(shape, engine, cluster, where=where)
-    rates = rates_of(cluster.gpu, dtype_of(engine.dtype, cluster))
+    rates = rates_of(cluster.gpu, dtype_of(engine.dtype, cluster), threads=max(1, int(engine.cpus_per_replica)))
     parallel = engine.tensor_parallel if cluster.gpu is not None else 1
     room = room_of(engine, cluster, where=where) if cluster.gpu is not None else cluster.nodes
     replicas = room if engine.replicas == "auto" else engine.replicas
@@ -129,7 +136,11 @@ def plan_score(
     start = START_CPU if cluster.gpu is None else START_GPU
     name = "cpu" if cluster.gpu is None else cluster.gpu.name
     answering = 0.0 if not prompts else prefill + -(-each // together) * answer_tokens * one
-    return ScorePlan(shape.name, prompts, replicas, replicas * parallel, name, own, start, start + answering)
+    said = (
+        f"an engine: {start:g} s until it answers, {said_of(rates)}, {bandwidth / 1e9:.4g} GB/s of its memory, prompts "
+        f"of {prompt_tokens} tokens"
+    )
+    return ScorePlan(shape.name, prompts, replicas, replicas * parallel, name, own, start, start + answering, said)
 
 
 def plan_scoring(scoring: ScoringSection, shape: Shape, cluster: Cluster, *, prompts: int) -> ScorePlan:
@@ -181,14 +192,14 @@ def plan_search(
     time (with `share_gpu` those of the trials). Trials that end together are scored one after another.
 
     Raises:
-        PlanError: The cluster has too few GPUs for a trial beside the engines.
+        NoRoomError: The cluster has too few GPUs for a trial beside the engines.
     """
     trials, runs = points * config.repeats, runs_in(config, points=points)
     scores = scores_in(config, points=points, steps=run.steps)
     engines = 0 if config.share_gpu else choosing.held
     room = config.concurrency if cluster.gpu is None else (cluster.gpus - engines) // run.workers
     if room < 1:
-        raise PlanError(
+        raise NoRoomError(
             f"a trial on {run.workers} GPUs beside engines on {engines} needs more than the {cluster.gpus} of the "
             "cluster; lower cluster.workers of the runs, or take more GPUs"
         )
@@ -203,7 +214,7 @@ def plan_search(
     else:
         held = (run.reference_seconds + runs * each) * run.workers + seconds * engines
     probe = _probe_seconds(config, run)  # by one process, before engines start
-    assumed = (_LEFT_OUT, *choosing.assumed)
+    assumed = (_LEFT_OUT, *dict.fromkeys((*choosing.assumed, *confirming.assumed)))
     return SearchPlan(trials, at_once, runs, scores, probe + seconds, (probe + held) / 3600, run.gpu, probe, assumed)
 
 

@@ -13,8 +13,8 @@ from mlc_ray.plan.scores import ScorePlan, SearchPlan
 from mlc_ray.progress import counted
 
 
-def run_lines(plan: RunPlan, cheapest: Fitting | None) -> list[str]:
-    """A run's plan, line by line."""
+def run_lines(plan: RunPlan, cheapest: Fitting | None, refused: str | None = None) -> list[str]:
+    """A run's plan, line by line; `refused` is what `train` would say of fewer workers, with which it goes on too."""
     settings = " ".join(f"{name}={_plain(value)}" for name, value in plan.settings.items() if value is not None)
     memory = plan.memory
     lines = [
@@ -33,7 +33,7 @@ def run_lines(plan: RunPlan, cheapest: Fitting | None) -> list[str]:
         "",
     ]
     if memory.fits:
-        lines.append("it fits")
+        lines.append("it fits" if refused is None else f"it fits so, but not on its fewest workers: {refused}")
     else:
         part, where, needs, limit = broken(memory)
         lines.append(f"it does not fit: {where} lacks {(needs - limit) / GIB:.1f} GiB; the largest part is {part}")
@@ -96,12 +96,13 @@ def search_lines(plan: SearchPlan, refused: str | None, *, checks: str, together
     ]
 
 
-def run_json(plan: RunPlan, cheapest: Fitting | None) -> dict[str, Any]:
+def run_json(plan: RunPlan, cheapest: Fitting | None, refused: str | None = None) -> dict[str, Any]:
     """The same numbers: bytes and seconds."""
     memory, breaks = plan.memory, plan.memory.breaks
     return {
         **asdict(plan),
-        "fits": memory.fits,
+        "fits": memory.fits and refused is None,
+        "refused": refused,
         "breaks": None if breaks is None else breaks.name,
         "worker_bytes": memory.worker_bytes,
         "node_bytes": memory.node_bytes,

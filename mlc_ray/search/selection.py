@@ -6,7 +6,7 @@ the few best are asked other prompts, and only those numbers are the result.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mlc_ray.config import ConfirmSection, SearchConfig
 from mlc_ray.data.bundles import NAMED_FIRST
+from mlc_ray.score.counted_prompts import Prompts as Counted
 from mlc_ray.score.counted_prompts import prompts_of
 from mlc_ray.score.prompts import BenchmarkError, Prompts, read_prompts
 from mlc_ray.search.objectives.base import Objective, TrialScore, languages_of_kinds
@@ -63,14 +64,14 @@ def read_asked(config: SearchConfig, objective: Objective, *, rejects: Path) -> 
     return asked
 
 
-def count_asked(config: SearchConfig) -> tuple[int, int, tuple[str, ...]]:
-    """How many prompts choose and how many confirm, by `prompts_of`, and what was assumed of them, as sentences."""
+def count_asked(config: SearchConfig) -> tuple[Counted, Counted]:
+    """The prompts that choose and those that confirm, by `prompts_of`."""
     scoring, confirm = config.scoring, config.confirm
     chosen = prompts_of(scoring.benchmarks, scoring, scoring.limit)
     if confirm.benchmarks is None:  # every second bundle is kept for it
-        return len(chosen) - len(chosen) // 2, len(chosen) // 2, chosen.assumed
-    other = prompts_of(confirm.benchmarks, scoring, confirm.limit)
-    return len(chosen), len(other), (*chosen.assumed, *other.assumed)
+        kept = Counter({of: number // 2 for of, number in chosen.cells.items()})
+        return Counted(chosen.cells - kept, chosen.assumed), Counted(kept, chosen.assumed)
+    return chosen, prompts_of(confirm.benchmarks, scoring, confirm.limit)
 
 
 def split(prompts: Prompts) -> AskedPrompts:

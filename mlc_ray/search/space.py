@@ -6,11 +6,12 @@ fortieth trial that a value is invalid.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -90,6 +91,20 @@ class Space:
         for name, parameter in self.parameters.items():
             for value in _ends(parameter)[1:]:
                 yield {**first, name: value}
+
+    def heaviest(self, weight: Callable[[TrainConfig], float]) -> dict[str, Any]:
+        """The values of the run that weighs most, of all that corners have.
+
+        Each parameter takes what weighs most beside the values of the others, twice over: one may count only beside
+        what another takes later. A combination that no run takes is passed over.
+        """
+        found = {name: _ends(parameter)[0] for name, parameter in self.parameters.items()}
+        most = weight(self.run(found, name="corner"))
+        for name, value in 2 * [(name, value) for name, each in self.parameters.items() for value in _ends(each)]:
+            with contextlib.suppress(ConfigError):
+                if (tried := weight(self.run({**found, name: value}, name="corner"))) > most:
+                    found, most = {**found, name: value}, tried
+        return found
 
     @property
     def points(self) -> int | None:

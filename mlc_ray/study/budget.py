@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from mlc_ray.config import TrainConfig
-from mlc_ray.data.plan import Lengths
 from mlc_ray.data.prepare import prepare_token_rows
-from mlc_ray.data.ragged import Ints
 from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.cutting import steps_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import Weights, of_artifact, weights_of
+from mlc_ray.plan.records import RunPlan
 from mlc_ray.plan.runs import PlanError, plan_alone, plannable
 from mlc_ray.plan.scores import SearchPlan, plan_scoring, plan_search, runs_in, scores_in
 from mlc_ray.plan.shapes import config_of, known_shape
@@ -29,6 +29,8 @@ from mlc_ray.study.searches import SizeSearch, cell_folder
 from mlc_ray.train.experts import is_expert, share_met
 
 logger = logging.getLogger(__name__)
+
+Weigh = Callable[[TrainConfig], Weights]
 
 
 def model_size(path: str, *, trust_remote_code: bool) -> tuple[int, float]:
@@ -58,16 +60,17 @@ def budget_of(search: SizeSearch, folder: Place, parameters: float | None, clust
         MlcRayError: What reading data, prompts and the model's config raises.
     """
     run, place, config = search.run, cell_folder(folder, search.size), search.config
-    tokens = prepare_token_rows(run.data, run.model, chat=run.chat, cache_dir=artifact_cache(place / TRIALS_FOLDER))
-    each = float(tokens.counted(lambda lengths: _forwarded(run, lengths)).mean())
+    cache = artifact_cache(place / TRIALS_FOLDER)
+    tokens = prepare_token_rows(run.data, run.model, chat=run.chat, cache_dir=cache)
+    weigh = _weighing(run, of_artifact(tokens), cache)
     asked = read_asked(config, make_objective(config.objective), rejects=local_side(place))
     answers = (len(asked.selection.table), len(asked.confirmation.table))
     model = local_model(resolve_model(run.model.path), weights=False)
-    found = _counted(search, model, parameters, steps=steps_of(run, tokens), each=each, answers=answers)
+    found = _counted(search, model, parameters, weigh, answers=answers)
     if cluster is None:
         return found
     try:
-        return _with_hours(found, plan_of(search, of_artifact(tokens), answers, cluster))
+        return _with_hours(found, plan_of(search, weigh, answers, cluster))
     except PlanError as error:  # of what is there now: an autoscaler may add to it
         logger.warning("hours of %s are not known: %s", search.size, error)
         return found
@@ -82,35 +85,51 @@ def budget_on(search: SizeSearch, folder: Place, parameters: float | None, clust
         MlcRayError: What reading data, prompts and the model's config raises.
     """
     run, config = search.run, search.config
-    weights = weights_of(run, artifact_cache(cell_folder(folder, search.size) / TRIALS_FOLDER))
-    choosing, confirming, assumed = count_asked(config)
-    answers = (choosing * config.scoring.asking.samples, confirming * config.scoring.asking.samples)
-    each = float(_forwarded(run, weights.lengths).mean())
-    found = _counted(search, run.model.path, parameters, steps=steps_of(run, weights), each=each, answers=answers)
+    cache = artifact_cache(cell_folder(folder, search.size) / TRIALS_FOLDER)
+    weights = weights_of(run, cache)
+    weigh = _weighing(run, weights, cache)
+    choosing, confirming = count_asked(config)
+    assumed = dict.fromkeys((*choosing.assumed, *confirming.assumed))
+    answers = (len(choosing) * config.scoring.asking.samples, len(confirming) * config.scoring.asking.samples)
+    found = _counted(search, run.model.path, parameters, weigh, answers=answers)
     try:
         if run.cluster.plan == "check":
             check_plan(config, search.space, gpu=cluster.gpu is not None, cluster=cluster, weights=weights)
-        found = _with_hours(found, plan_of(search, weights, answers, cluster))
+        found = _with_hours(found, plan_of(search, weigh, answers, cluster))
     except PlanError as error:
         found = replace(found, fault=str(error))
     said = (f"data {weights.said}",) if weights.said.startswith("assumed") else ()
     return replace(found, assumed=(*found.assumed, *said, *assumed))
 
 
-def _forwarded(run: TrainConfig, lengths: Lengths) -> Ints:
-    """Tokens of each bundle that a step with terms forwards, [N]."""
+def _weighing(base: TrainConfig, weights: Weights, cache: Place | None) -> Weigh:
+    """What the bundles of a trial weigh: `weights` where they are those of `base`."""
+    found = {base.data.model_dump_json(): weights}
+
+    def weigh(run: TrainConfig) -> Weights:
+        if (key := run.data.model_dump_json()) not in found:
+            found[key] = weights_of(run, cache)
+        return found[key]
+
+    return weigh
+
+
+def _forwarded(run: TrainConfig, weights: Weights) -> float:
+    """Tokens that a run forwards where terms are in every step."""
     objective = Objective(run)
     rejected, pairing = objective.alignment.needs_rejected, objective.alignment.pairing
-    return lengths.own_tokens(head=0, taps=objective.ever_taps, rejected=rejected, pairing=pairing)
+    each = weights.lengths.own_tokens(head=0, taps=objective.ever_taps, rejected=rejected, pairing=pairing)
+    return float(each.mean()) * run.train.batch_bundles * steps_of(run, weights)
 
 
 def _counted(
-    search: SizeSearch, model: str, parameters: float | None, *, steps: int, each: float, answers: tuple[int, int]
+    search: SizeSearch, model: str, parameters: float | None, weigh: Weigh, *, answers: tuple[int, int]
 ) -> SizeBudget:
-    """What is counted without a cluster; a bundle has `each` tokens."""
-    config, run = search.config, search.run
-    runs = runs_in(config, points=search.points)
-    forwarded = round(each * run.train.batch_bundles * steps * runs)
+    """What is counted without a cluster, as if each trial were the one that forwards most."""
+    config, space = search.config, search.space
+    run = space.run(space.heaviest(lambda run: _forwarded(run, weigh(run))), name="corner")
+    runs, steps = runs_in(config, points=search.points), steps_of(run, weigh(run))
+    forwarded = round(_forwarded(run, weigh(run)) * runs)
     chosen, kept = scores_in(config, points=search.points, steps=steps)
     size, met = model_size(model, trust_remote_code=run.model.trust_remote_code)
     return SizeBudget(
@@ -125,12 +144,12 @@ def _with_hours(found: SizeBudget, plan: SearchPlan | None) -> SizeBudget:
     return replace(found, hours=plan.seconds / 3600, gpu_hours=plan.gpu_hours, assumed=plan.assumed)
 
 
-def plan_of(search: SizeSearch, weights: Weights, answers: tuple[int, int], cluster: Cluster) -> SearchPlan | None:
-    """The time of a search on a cluster, as `mlc-ray plan` counts it.
+def plan_of(search: SizeSearch, weigh: Weigh, answers: tuple[int, int], cluster: Cluster) -> SearchPlan | None:
+    """The time of a search on a cluster, as `mlc-ray plan` counts it: as if each trial were the one that takes longest.
 
     Args:
         search: of a size.
-        weights: what its bundles weigh.
+        weigh: what the bundles of a trial weigh.
         answers: of a score that chooses, and of one that confirms; of each prompt all its samples.
         cluster: what it runs on, or is to.
 
@@ -148,7 +167,12 @@ def plan_of(search: SizeSearch, weights: Weights, answers: tuple[int, int], clus
     if shape is None:
         return None
     scoring = search.config.scoring
-    planned = plan_alone(run, shape, cluster, weights)
+
+    def planned_as(trial: TrainConfig) -> RunPlan:
+        return plan_alone(trial, shape, cluster, weigh(trial))
+
+    heaviest = search.space.heaviest(lambda trial: planned_as(trial).wall_seconds)
+    planned = planned_as(search.space.run(heaviest, name="corner"))
     choosing, confirming = (
         plan_scoring(scoring, shape, cluster, prompts=number // scoring.asking.samples) for number in answers
     )

@@ -19,6 +19,7 @@ from mlc_ray.plan.records import RunPlan
 from mlc_ray.plan.runs import PlanError, plan_alone, plannable
 from mlc_ray.plan.scores import plan_scoring
 from mlc_ray.plan.shapes import Shape, known_shape
+from mlc_ray.plan.there import cluster_here
 from mlc_ray.runs import CELLS_FOLDER, artifact_cache, output_place
 from mlc_ray.score.asked import Asked, asked_to_judge
 from mlc_ray.score.counted_prompts import Prompts, prompts_of
@@ -30,11 +31,14 @@ logger = logging.getLogger(__name__)
 Weigh = Callable[[TrainConfig], Weights]
 
 
-def study_budget(config: StudyConfig, cluster: Cluster) -> StudyBudget:
-    """What a study would take on a cluster; nothing is started, downloaded or written.
+def study_budget(config: StudyConfig, cluster: Cluster | None = None) -> StudyBudget:
+    """What a study would take on a cluster (default: the one that it would join, or this machine).
+
+    Nothing is started, downloaded or written.
 
     Raises:
         ConfigError: a cell's settings are invalid.
+        HardwareError: a GPU that is there is neither in the table nor calibrated.
         MlcRayError: what reading benchmarks that are here raises.
     """
     cells = make_cells(config)
@@ -48,6 +52,9 @@ def study_budget(config: StudyConfig, cluster: Cluster) -> StudyBudget:
         return made[key]
 
     asked = prompts_of(scoring.benchmarks, scoring, scoring.limit)
+    section = cells[0].config.cluster
+    if cluster is None:
+        cluster = cluster_here(section.address, accelerator=section.accelerator, labels=section.label_selector)
     return budget_of_cells(cells, scoring, asked, weigh, cluster, keep_models=config.keep_models)
 
 
@@ -62,8 +69,7 @@ def state_budget(
 ) -> None:  # fmt: skip
     """Log what a study that begins takes, all of it: also what is done already where it goes on."""
     if cluster is None:
-        logger.info("what the study takes is not known: the GPUs are not in the table (mlc_ray/plan/hardware.py)")
-        return
+        return  # its GPUs are not known, which is logged
     try:
         budget = budget_of_cells(cells, scoring, prompts, weigh, cluster, keep_models=keep_models)
     except MlcRayError as error:  # a damaged calibration: what is only said stops nothing

@@ -27,7 +27,7 @@ from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
 from mlc_ray.plan.lengths import of_artifact
-from mlc_ray.plan.there import cluster_there
+from mlc_ray.plan.there import known_cluster
 from mlc_ray.report.study import StudyResult
 from mlc_ray.runs import (
     CELLS_FOLDER,
@@ -290,7 +290,8 @@ def _state(plan: Plan, prompts: Prompts, tokens: Mapping[str, TokenArtifact]) ->
     weigh = functools.cache(of_artifact)  # cells of one data set share its rows
     state_budget(
         plan.cells, plan.scoring, Counted(Counter(asked)), lambda run: weigh(tokens[run.name]),
-        cluster_there(gpu=_device(plan.cells[0]) == "gpu"), keep_models=plan.config.keep_models,
+        known_cluster(gpu=_device(plan.cells[0]) == "gpu", labels=plan.cells[0].config.cluster.label_selector),
+        keep_models=plan.config.keep_models,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from mlc_ray.lease import lease
 from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.plan.hardware import Cluster
-from mlc_ray.plan.there import cluster_there
+from mlc_ray.plan.there import known_cluster
 from mlc_ray.report.scale import SizeBudget
 from mlc_ray.report.study import StudyResult
 from mlc_ray.runs import SCALE_FILE, output_place
@@ -106,7 +106,7 @@ def state_budget(plan: ScalePlan, folder: Place) -> tuple[SizeBudget, ...]:
     found = []
     for each in plan.searches:
         check_search(each.config, each.space)
-        on = cluster_there(gpu=use_gpu(each.run.cluster.accelerator))
+        on = known_cluster(gpu=use_gpu(each.run.cluster.accelerator), labels=each.run.cluster.label_selector)
         found.append(budget_of(each, folder, plan.config.sizes[each.size].parameters, on))
         logger.info(
             "%s: %d runs of %d steps, at most %s tokens, %.2g operations, %s answers to score%s", each.size,

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing.synchronize import Barrier
@@ -115,36 +115,47 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
     dtype = resolved(config.model.dtype, gpu=gpu)
     settings, path = probe_settings(config, dtype), config.model.path
     if not gpu:
-        return _calibrate_cpu(settings, path, dtype, threads or threads_of(config), bundles or 2)
+        return _calibrate_cpu(
+            settings, with_adapters(settings, config), path, dtype, threads or threads_of(config), bundles or 2
+        )
     device = gpu_key(torch.cuda.get_device_name())
     (probed,) = _in_children(1, path, probe, settings, bundles or 8)
+    (adapted,) = _in_children(1, path, probe, with_adapters(settings, config), bundles or 8)
     _check_known(probed.flops, path)
     rate, overhead = speed(probed, device)
+    lora_rate, lora_overhead = speed(adapted, device)
     depth = model_depth(path, trust_remote_code=config.model.trust_remote_code)
-    measured = f"{_now()}, {path}"
-    return Rates(device, dtype, rate, overhead / depth, probed.adamw, None, probed.kept, measured)
+    return Rates(
+        device, dtype, rate, overhead / depth, probed.adamw, None, probed.kept, f"{_now()}, {path}",
+        lora_flops=lora_rate, lora_forward_seconds=lora_overhead / depth,
+    )  # fmt: skip
 
 
-def _calibrate_cpu(settings: dict[str, Any], path: str, dtype: str, threads: int, bundles: int) -> Rates:
+def _calibrate_cpu(
+    settings: dict[str, Any], adapting: dict[str, Any], path: str, dtype: str, threads: int, bundles: int
+) -> Rates:
     (alone,) = _in_children(1, path, timed_steps, settings, threads, bundles)
+    (adapted,) = _in_children(1, path, timed_steps, adapting, threads, bundles)
     _check_known(alone.flops, path)
     ((kept, grown),) = _in_children(1, path, kept_bytes_of, settings, threads, bundles)
-    room = host_memory().total // max(1, alone.peak)
-    crowd = max(1, min(CROWD, len(os.sched_getaffinity(0)) // threads, room))
-    crowded = 1.0
-    if crowd > 1:
-        together = _in_children(crowd, path, timed_steps, settings, threads, bundles)
-        slowest = max(each.seconds[1] + each.stepping for each in together)  # all workers wait for it
-        crowded = min(1.0, (alone.seconds[1] + alone.stepping) / slowest)
+    crowd, crowded = 1, 1.0
+    for kind, one in ((settings, alone), (adapting, adapted)):  # where memory holds one that trains all weights
+        room = host_memory().total // max(1, one.peak)
+        if crowd == 1 and (crowd := max(1, min(CROWD, len(os.sched_getaffinity(0)) // threads, room))) > 1:
+            together = _in_children(crowd, path, timed_steps, kind, threads, bundles)
+            slowest = max(each.seconds[1] + each.stepping for each in together)  # all workers wait for it
+            crowded = min(1.0, (one.seconds[1] + one.stepping) / slowest)
     probed = Probed(alone.seconds, alone.flops, kept, alone.trained / alone.stepping, 0)
     rate, overhead = speed(probed, "cpu")
+    lora_rate, lora_overhead = speed(replace(probed, seconds=adapted.seconds, flops=adapted.flops), "cpu")
     depth = model_depth(path, trust_remote_code=bool(settings["model"].get("trust_remote_code")))
     engine = ", ".join(f"{name} {value}" for name, value in settings["engine"].items())
     measured = f"{_now()}, {path}, {threads} threads, engine: {engine or 'default'}"
     exchange = _exchange(threads, workers=2)
     return Rates(
-        "cpu", dtype, rate, overhead / depth, probed.adamw, exchange, kept, measured, threads, crowd, crowded, grown
-    )
+        "cpu", dtype, rate, overhead / depth, probed.adamw, exchange, kept, measured, threads, crowd, crowded, grown,
+        lora_rate, lora_overhead / depth,
+    )  # fmt: skip
 
 
 def _now() -> str:
@@ -178,6 +189,12 @@ def probe_settings(config: TrainConfig, dtype: str) -> dict[str, Any]:
     model = {"dtype": dtype, "gradient_checkpointing": False, "lora": None}
     engine = {name: value for name, value in settings.get("engine", {}).items() if name not in _OF_SEVERAL}
     return settings | {"model": {**settings["model"], **model}, "engine": engine}
+
+
+def with_adapters(settings: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """The same with adapters: those of the run, else of rank 16."""
+    lora = {"rank": 16} if config.model.lora is None else config.model.lora.model_dump(mode="json")
+    return settings | {"model": {**settings["model"], "lora": lora}}
 
 
 def _in_children(number: int, path: str, function: Callable[..., _T], *arguments: object) -> list[_T]:
@@ -342,7 +359,8 @@ def _loss_of(said: ModelOutput) -> Tensor:
 def _drop_gradients(module: PolicyWithExtractor) -> None:
     """As an engine that reduces them while the backward goes on."""
     for weight in module.parameters():
-        weight.register_post_accumulate_grad_hook(_dropped)
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(_dropped)
 
 
 def _dropped(weight: Tensor) -> None:

@@ -134,7 +134,7 @@ def test_engines_on_cpus_share_the_memory_of_their_nodes(monkeypatch):
     with pytest.raises(PlanError, match=r"2 engines on a node .* but a node has 24\.0; .*engine\.replicas=2"):
         check(replicas=3, nodes=2)
     # `auto` is as many as the CPUs there hold, unless more nodes may come.
-    monkeypatch.setattr("mlc_ray.plan.check_engines.cluster_there", lambda **_: Cluster(None, 1, 1, 24 * 2**30))
+    monkeypatch.setattr("mlc_ray.plan.check_engines.known_cluster", lambda **_: Cluster(None, 1, 1, 24 * 2**30))
     monkeypatch.setattr("mlc_ray.cluster.nodes_there", lambda: [Node({"CPU": 4.0})])
     monkeypatch.setattr("mlc_ray.cluster.may_grow", lambda: Growth())
     auto = ScoreConfig(model="Qwen/Qwen2.5-7B", benchmarks=[{"path": "sample:test"}], engine={"replicas": "auto"})

@@ -300,7 +300,7 @@ def test_a_study_states_it_before_its_first_cell(
     monkeypatch.setattr(running, "_check", lambda *_: None)
     monkeypatch.setattr(running, "_prepare", lambda *_: {cell.name: tokens for cell in plan.cells})
     monkeypatch.setattr(running, "use_gpu", lambda _: False)
-    monkeypatch.setattr(running, "cluster_there", lambda **_: H100)
+    monkeypatch.setattr(running, "known_cluster", lambda **_: H100)
 
     def trained(*_: Any) -> None:
         assert "4 runs and 5 scores of 240 answers: at most" in caplog.text
