@@ -166,9 +166,9 @@ def line(name: str, found: Mapping[str, Any]) -> str:
         what for what, off, goal in (("memory", memory, MEMORY_GOAL), ("time", time, TIME_GOAL)) if abs(off) > goal
     ]
     note = f"missed: {', '.join(missed)}" if missed else ""
-    drawn = [plan[f"drawn/{what}"] / said[what] - 1 for what in ("memory", "seconds")]
+    drawn = " | ".join(f"{plan[f'drawn/{what}'] / said[what] - 1:+.1%}" for what in ("memory", "seconds"))
     of_memory = f"{said['memory'] / 2**30:.2f} | {plan['memory'] / 2**30:.2f} | {memory:+.1%}"
-    return f"| {name} | {of_memory} | {said['seconds']:.2f} | {plan['seconds']:.2f} | {time:+.1%} | {drawn[0]:+.1%} | {drawn[1]:+.1%} | {note} |"
+    return f"| {name} | {of_memory} | {said['seconds']:.2f} | {plan['seconds']:.2f} | {time:+.1%} | {drawn} | {note} |"
 
 
 def table(results: Results) -> str:

@@ -170,7 +170,7 @@ def test_the_row_of_ours_differs_from_its_control_by_its_terms() -> None:
     kinds = [[(each.only, each.share) for each in run.data.train] for run in (recipe, shipped)]
     assert kinds[0] == kinds[1]
     endpoint = config.scoring.judge.endpoint  # type: ignore[attr-defined]
-    assert (endpoint.model, endpoint.max_cost_usd) == ("gpt-4o", 1500)
+    assert (endpoint.model, endpoint.max_cost_usd) == ("gpt-4o", 2500)
 
 
 def test_the_study_of_the_recipe_trains_the_shipped_one() -> None:

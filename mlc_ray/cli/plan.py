@@ -174,7 +174,7 @@ def _train(arguments: argparse.Namespace) -> tuple[Sequence[str], Any]:
         said = f"all {workers} GPUs of --gpus, not cluster.workers={section.workers}"
         plan = replace(plan, assumed=(*plan.assumed, said))
     refused = None
-    if section.least_workers < workers and section.plan == "check":  # an elastic run: what `train` looks at
+    if section.least_workers < section.most_workers and section.plan == "check":  # what `train` looks at
         few = _as_planned(config, arguments.shape or config.model.path, cluster)
         refused = _refused(
             lambda: check_run(few, gpu=cluster.gpu is not None, weights=runs.weights(few), cluster=cluster)
@@ -191,14 +191,14 @@ def _score(arguments: argparse.Namespace) -> tuple[Sequence[str], Any]:
     )
     shape = _shape(arguments, config.model, trust_remote_code=config.engine.trust_remote_code)
     plan = _scored(config, shape, cluster, prompts_of(config.benchmarks, config, config.limit))
-    gpu, on = cluster.gpu is not None, _to_check(cluster)
+    gpu, on = cluster.gpu is not None, _to_check(arguments, cluster)
     refused = _refused(lambda: check_engine(arguments.shape or config.model, config, gpu=gpu, cluster=on))
     return score_lines(plan, refused), score_json(plan, refused)
 
 
-def _to_check(cluster: Cluster) -> Cluster | None:
+def _to_check(arguments: argparse.Namespace, cluster: Cluster) -> Cluster | None:
     """What checks look at; None where that is a cluster that was joined, which they ask as the command itself does."""
-    return None if joined() else cluster
+    return cluster if arguments.gpus is not None or not joined() else None
 
 
 def _refused(check: Callable[[], None]) -> str | None:
@@ -234,7 +234,7 @@ def _search(arguments: argparse.Namespace) -> tuple[Sequence[str], Any]:
     choosing, confirming = (_scored(scoring, planned.shape, cluster, prompts) for prompts in count_asked(config))
     plan = plan_search(config, run, points=points, choosing=choosing, confirming=confirming, cluster=cluster)
     plan = replace(plan, assumed=(*plan.assumed, f"each trial takes as long as that of {values}, which takes longest"))
-    model, gpu, on = arguments.shape or base.model.path, cluster.gpu is not None, _to_check(cluster)
+    model, gpu, on = arguments.shape or base.model.path, cluster.gpu is not None, _to_check(arguments, cluster)
     lacks = _refused(lambda: check_engine(model, scoring, gpu=gpu, cluster=on))
     runs = [_as_planned(space.run(corner, name="corner"), model, cluster) for corner in space.corners()]
     refused: str | None = None

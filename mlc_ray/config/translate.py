@@ -48,7 +48,8 @@ class ChecksSection(Section):
         0.2, description="Where another language is likelier than the one asked for, its least share by lingua."
     )
     min_length_ratio: PositiveFloat = Field(
-        0.4, description="Shortest translation, in characters of the source's; one of Han or Kana counts as three."
+        0.4,
+        description="Shortest translation, in characters of the source's; Han counts as three, Kana and Hangul as two.",
     )
     max_length_ratio: PositiveFloat = Field(2.5, description="Longest translation, counted alike.")
     min_chrf: Annotated[float, Field(ge=0, le=100)] = Field(
@@ -171,7 +172,11 @@ class TranslateConfig(LoggedSection):
         [], description="Languages to translate into; prompts that a bundle has in them already are kept."
     )
     translator: TranslatorSection | None = Field(None, description="Who translates, and writes twins.")
-    translate_answers: bool = Field(False, description="Translate the given answers, too; not with `answers`.")
+    translate_answers: bool | Literal["complete"] = Field(
+        False,
+        description="Translate the given answers, too; not with `answers`. `complete` leaves out of a bundle each "
+        "language in which its answers are not used, for losses that need them in all of its languages.",
+    )
     checks: ChecksSection = ChecksSection()
     twins: TwinsSection | None = Field(None, description="Write twins of prompts, and translate these too.")
     answers: OnPolicySection | None = Field(None, description="Let a model answer the prompts itself.")
@@ -196,10 +201,10 @@ class TranslateConfig(LoggedSection):
         if self.translator is not None and not writes:
             raise ValueError("translator is read with languages or twins only; set one of them, or remove it")
         if self.translate_answers and not self.languages:
-            raise ValueError("translate_answers=true is read with languages only; set them, or remove it")
+            raise ValueError("translate_answers is read with languages only; set them, or remove it")
         if self.translate_answers and self.answers is not None:
             raise ValueError(
-                "translate_answers=true translates the given answers, which are not those that answers lets the model "
+                "translate_answers translates the given answers, which are not those that answers lets the model "
                 "give; make own answers first, by this command with --set translate_answers=false --set "
                 f"answers.languages=english, then translate them: mlc-ray translate --bundles {self.output_dir}/"
                 f"{self.name}/bundles --languages {','.join(self.languages)} --translator MODEL --out FOLDER --set "

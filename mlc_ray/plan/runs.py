@@ -206,8 +206,8 @@ def _assumed(config: TrainConfig, rates: Rates, cluster: Cluster, shape: Shape, 
     said.append(said_of(rates))
     if rates.threads is not None and rates.threads != (threads := threads_of(config)):
         said.append(
-            f"the same with cluster.cpus_per_worker={threads} as with {rates.threads}, with which that was measured: "
-            "calibrate with this one"
+            f"that was measured with cluster.cpus_per_worker={rates.threads}, but this run has {threads}: calibrate "
+            "with that"
         )
     if rates.crowd < (here := min(workers, cluster.per_node)) and cluster.gpu is None and rates.measured is not None:
         said.append(f"of {here} workers on one CPU each is as fast as of the {rates.crowd} that were measured at once")

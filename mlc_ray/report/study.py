@@ -62,12 +62,14 @@ class MethodRow:
     """A method on a model; `rates` is None where none of its models is scored.
 
     `in_language` is empty where the language of responses was not told, or not in the same way in all scores.
+    `benchmarks` are the sides of each benchmark by itself, where there are several of a kind.
     """
 
     model: str
     method: str
     rates: MethodRates | None
     in_language: tuple[MethodLanguages, ...] = ()
+    benchmarks: Mapping[str, tuple[MethodSide, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def study_tables(result: StudyResult) -> list[Table]:
     for model in result.models:
         rows = [each for each in result.rows if each.model == model and each.rates is not None]
         if rows:
-            found += [_both_sides(model, rows), *(_by_language(result, model, rows, side) for side in _SIDES)]
+            found += [_both_sides(model, rows), *(_both_by_language(result, model, rows, side) for side in _SIDES)]
+            found += _by_benchmark(result, model, rows)
             found += [_in_language(model, rows)] if any(each.in_language for each in rows) else []
     further = [_costs(result), _supervision(result), _utility(result)]
     further += [_tests(result, model) for model in result.models]
@@ -201,8 +204,23 @@ def _both_sides(model: str, rows: Sequence[MethodRow]) -> Table:
     )
 
 
-def _by_language(result: StudyResult, model: str, rows: Sequence[MethodRow], kind: Kind) -> Table:
+def _both_by_language(result: StudyResult, model: str, rows: Sequence[MethodRow], kind: Kind) -> Table:
     sides = [_side(each.rates, kind) for each in rows if each.rates is not None]
+    return _by_language(result, f"{model}: {kind} prompts", rows, sides)
+
+
+def _by_benchmark(result: StudyResult, model: str, rows: Sequence[MethodRow]) -> list[Table]:
+    found = []
+    for name in dict.fromkeys(name for each in rows for name in each.benchmarks):
+        for kind in _SIDES:
+            there = [(each, side) for each in rows for side in each.benchmarks.get(name, ()) if side.kind == kind]
+            if there:
+                own, sides = [each for each, _ in there], [side for _, side in there]
+                found.append(_by_language(result, f"{model}: {kind} prompts of {name}", own, sides))
+    return found
+
+
+def _by_language(result: StudyResult, title: str, rows: Sequence[MethodRow], sides: Sequence[MethodSide]) -> Table:
     codes = list(dict.fromkeys(code for side in sides for code in side.languages))
     heads = [f"{code} {NEVER}" if code in _never(result, sides) else code for code in codes]
     lines = []
@@ -219,7 +237,7 @@ def _by_language(result: StudyResult, model: str, rows: Sequence[MethodRow], kin
     note = f"% {_counted(sides[0])}"
     if any(head.endswith(NEVER) for head in heads):
         note += f"; {NEVER} never trained"
-    return table(f"{model}: {kind} prompts", ["method", *heads, "avg", "var", "PAG"], lines, note)
+    return table(title, ["method", *heads, "avg", "var", "PAG"], lines, note)
 
 
 def _in_language(model: str, rows: Sequence[MethodRow]) -> Table:

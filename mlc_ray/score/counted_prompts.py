@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mlc_ray._registry import resolve
 from mlc_ray.config import ScoringSection, SourceSection
 from mlc_ray.types import Bundle, Kind
 
 LANGUAGES, BUNDLES = ("en", "zh", "ru", "ja", "ar", "bn", "sw", "ur", "ps", "ku"), 180
-"""Of the published test set."""
+"""Of the published test set, PKU-SafeRLHF."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Prompts:
 
 
 def prompts_of(benchmarks: Sequence[SourceSection], scoring: ScoringSection, limit: int | None) -> Prompts:
-    """Prompts of the benchmarks that are here, chosen as a score does; of others as many as the published test set has.
+    """Prompts of the benchmarks that are here, chosen as a score does; of others as many as are published in their
+    format, else as the published test set has.
 
     Args:
         benchmarks: what is asked.
@@ -38,11 +40,15 @@ def prompts_of(benchmarks: Sequence[SourceSection], scoring: ScoringSection, lim
     cells, assumed = Counter[tuple[Kind, str]](), list[str]()
     for source in benchmarks:
         if not is_here(source):
-            languages, number = scoring.languages or LANGUAGES, min(BUNDLES, limit or BUNDLES)
+            name, codes, size = _published(source)
+            number = min(size, limit or size)
+            languages = [code for code in codes if code in (scoring.languages or codes)]
+            if name == _SOME:  # nobody knows which languages it has
+                languages = list(scoring.languages or codes)
             cells.update({(source.kind or "harmful", code): number for code in languages})
             assumed.append(
-                f"{source.path} is not here: {number} bundles in {len(languages)} languages, as published of one test "
-                "set" + ("" if number == BUNDLES else ", of which limit takes so many")
+                f"{source.path} is not here: {number} bundles in {len(languages)} languages, as published of {name}"
+                + ("" if number == size else ", of which limit takes so many")
             )
             continue
         rows = (row.parsed for file in resolve_source(source) for row in Reading(file).rows())
@@ -53,3 +59,14 @@ def prompts_of(benchmarks: Sequence[SourceSection], scoring: ScoringSection, lim
         for name, codes in choose_prompts(columns, scoring.languages, limit).items():
             cells.update((bundles[name].kind, code) for code in codes)
     return Prompts(cells, tuple(assumed))
+
+
+_SOME = "one test set"
+
+
+def _published(source: SourceSection) -> tuple[str, Sequence[str], int]:
+    """The benchmark that is published in a source's format, its languages, and how many bundles it has in each."""
+    found = None if source.format == "auto" else getattr(resolve("format", source.format), "published", None)
+    if found is None or found.bundles is None:
+        return _SOME, LANGUAGES, BUNDLES
+    return found.name, sorted(found.languages), found.bundles

@@ -11,8 +11,10 @@ from mlc_ray.stats.intervals import AT_ONCE, SAME, SEED, Floats, Statistic
 
 EXACT_BUNDLES = 14
 """Up to this many bundles that differ, a sign-flip test goes through every one of the 2 ** n flips."""
-FLIPS = 20_000
-"""Random flips of a sign-flip test with more bundles."""
+FEW_FLIPS, FLIPS = 20_000, 200_000
+"""Random flips of a sign-flip test with more bundles; and in all, where these leave p below `SMALL`: only a small p has
+to stand a correction for thousands of tests."""
+SMALL = 0.01
 SWAPS = 2_000
 """Random exchanges of two models in whole bundles, to test a change that is no sum over bundles."""
 
@@ -20,8 +22,9 @@ SWAPS = 2_000
 def sign_flip_p(contributions: Floats, stream: int = 0) -> float:
     """Sign-flip (permutation) test of a sum, two-sided: the share of sign patterns s with |sum s_b c_b| >= |sum c_b|.
 
-    Exact, over all patterns, with at most `EXACT_BUNDLES` contributions that are not 0; else over `FLIPS` random ones,
-    the observed one counted among them, so that p is never 0 (Davison and Hinkley 1997, chapter 4).
+    Exact, over all patterns, with at most `EXACT_BUNDLES` contributions that are not 0; else over `FEW_FLIPS` random
+    ones, and over `FLIPS` where p is below `SMALL` by these, the observed one counted among them, so that p is never 0
+    (Davison and Hinkley 1997, chapter 4).
 
     Args:
         contributions: [B], whose signs are exchangeable if nothing changed.
@@ -42,11 +45,16 @@ def sign_flip_p(contributions: Floats, stream: int = 0) -> float:
     # Bundles that differ by the same amount are flipped together: how many of them are positive is binomial.
     amounts, members = np.unique(np.abs(units), return_counts=True)
     generator = np.random.default_rng([SEED, stream])
-    reached, chunk = 0, max(1, AT_ONCE // len(amounts))
-    for start in range(0, FLIPS, chunk):
-        positive = generator.binomial(members, 0.5, (min(chunk, FLIPS - start), len(amounts)))
-        reached += int((np.abs((2 * positive - members) @ amounts) >= bound).sum())
-    return (reached + 1) / (FLIPS + 1)
+    reached, done, chunk = 0, 0, max(1, AT_ONCE // len(amounts))
+    for goal in (FEW_FLIPS, FLIPS):
+        while done < goal:
+            number = min(chunk, goal - done)
+            positive = generator.binomial(members, 0.5, (number, len(amounts)))
+            reached += int((np.abs((2 * positive - members) @ amounts) >= bound).sum())
+            done += number
+        if (reached + 1) / (done + 1) >= SMALL:
+            break
+    return (reached + 1) / (done + 1)
 
 
 def swapped_changes(before: Statistic, after: Statistic, stream: int = 0) -> Floats:

@@ -205,6 +205,26 @@ def method_rates(verdicts: Verdicts, trained: Collection[str] | None) -> MethodR
     )
 
 
+def sides_by_benchmark(verdicts: Verdicts, trained: Collection[str] | None) -> dict[str, tuple[MethodSide, ...]]:
+    """The sides that each benchmark has by itself, where there are several of a kind; see `method_rates`.
+
+    Languages are to be compared within a benchmark: in a mean over benchmarks those that only an easy one asks look
+    better.
+    """
+    first = next(iter(verdicts.runs.values()))
+    kinds = {name: {r.kind for r in first if r.benchmark == name} for name in verdicts.benchmarks}
+    if all(sum(kind in own for own in kinds.values()) < 2 for kind in KINDS):
+        return {}
+    found = {}
+    for name, own in kinds.items():
+        runs = {seed: [r for r in run if r.benchmark == name] for seed, run in verdicts.runs.items()}
+        part = replace(verdicts, runs=runs, _made={})
+        harmful = [_side(part, "harmful", verdicts.measure, "hits", trained)] if "harmful" in own else []
+        benign = [_side(part, "benign", "refused", "misses", trained)] if "benign" in own else []
+        found[name] = (*harmful, *benign)
+    return found
+
+
 def _side(
     verdicts: Verdicts, kind: Kind, measure: Measure, wanted: Outcome, trained: Collection[str] | None
 ) -> MethodSide:

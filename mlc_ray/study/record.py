@@ -30,7 +30,15 @@ from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.results import ScoreResult, load_records, load_scores
 from mlc_ray.score.run import TooManyUnparsedError, check_unparsed
 from mlc_ray.stats.rates import Judged
-from mlc_ray.stats.study import MethodTest, Verdicts, corrected, method_rates, method_tests, read_verdicts
+from mlc_ray.stats.study import (
+    MethodTest,
+    Verdicts,
+    corrected,
+    method_rates,
+    method_tests,
+    read_verdicts,
+    sides_by_benchmark,
+)
 from mlc_ray.stats.study_languages import method_languages
 from mlc_ray.storage import Place, engine_named, library_versions
 from mlc_ray.study.cells import Cell
@@ -100,8 +108,9 @@ class Recorder:
         for model, found in verdicts.items():
             for method in (UNTOUCHED, *self._plan.config.methods):
                 rates = method_rates(found[method], self.trained) if method in found else None
+                alone = sides_by_benchmark(found[method], self.trained) if method in found else {}
                 told = method_languages(found[method].runs, self.trained) if alike and method in found else ()
-                rows.append(MethodRow(model, method, rates, told))
+                rows.append(MethodRow(model, method, rates, told, alone))
             tests += method_tests(model, found)
         self._rows, self._tests = tuple(rows), tuple(corrected(tests))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from mlc_ray.translate.checks import Pair, Tools, template
 from mlc_ray.translate.drafts import Draft, Outcome, Own, Reply, Shard
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.requests import decline_request
-from mlc_ray.types import Bundle, Kind
+from mlc_ray.types import Kind
 
 PLAIN, DECLINE = "plain", "decline"
 
@@ -153,14 +153,15 @@ def check_judge(settings: OnPolicySection, languages: Sequence[str], cache_dir: 
 
 
 def own_answers(
-    shard: Shard, name: str, settings: OnPolicySection, work: Work, judge: AnswerJudge, tools: Tools
-) -> None:
-    """Let the model answer the prompts of a shard, and say which of its answers are used."""
+    shard: Shard, name: str, settings: OnPolicySection, languages: Sequence[str], work: Work, judge: AnswerJudge,
+    tools: Tools,
+) -> None:  # fmt: skip
+    """Let the model answer the prompts of a shard, and say which of its answers are used.
+
+    `languages` are all that prompts of the job may be in.
+    """
     asked = list[tuple[Draft, str, str]]()
-    for draft in shard.drafts:
-        if draft.bundle.kind not in settings.kinds:
-            continue
-        used = answered_in(settings, draft.bundle, draft.prompts())
+    for draft, used in _answering(shard, settings, languages):
         for code, prompt in draft.prompts().items():
             if code in used and settings.asks(draft.bundle.kind, code):
                 asked.append((draft, code, prompt))
@@ -187,14 +188,33 @@ def own_answers(
         draft.own.append(own)
 
 
-def answered_in(settings: OnPolicySection, bundle: Bundle, languages: Iterable[str]) -> set[str]:
-    """In which of the `languages` that a bundle has, or will have, its prompts are answered; twins in the same."""
-    others = sorted({*languages} - {"en"})
+def _answering(
+    shard: Shard, settings: OnPolicySection, languages: Sequence[str]
+) -> Iterator[tuple[Draft, Collection[str]]]:
+    """Each bundle that is answered, and in which languages; twins of a shard in one that both have."""
+    drafts = [draft for draft in shard.drafts if draft.bundle.kind in settings.kinds]
+    origins = {draft.bundle.bundle_id: draft.bundle for draft in shard.drafts}
+    numbers = [pair_number(origins.get(draft.twin_of, draft.bundle)) for draft in drafts]
+    common = dict[int, set[str]]()
+    for draft, number in zip(drafts, numbers, strict=True):
+        own = {*draft.prompts()}
+        common[number] = common.get(number, own) & own
+    for draft, number in zip(drafts, numbers, strict=True):
+        there = common[number] if settings.languages == "one_other" else draft.prompts()
+        yield draft, answered_in(settings, number, there, languages)
+
+
+def answered_in(settings: OnPolicySection, number: int, languages: Iterable[str], among: Iterable[str]) -> set[str]:
+    """In which of its `languages` a bundle is answered; one other is drawn by its `number` from all those `among` which
+    prompts are, and where the bundle lacks it, is the next one of them."""
+    others = {*languages} - {"en"}
     if settings.languages == "english" or not others:
         return {"en"}
     if settings.languages == "all":
         return {"en", *others}
-    return {"en", others[pair_number(bundle) % len(others)]}
+    order = sorted({*among} - {"en"})
+    first = number % len(order)
+    return {"en", next(code for code in (*order[first:], *order[:first]) if code in others)}
 
 
 def _declines(draft: Draft, code: str, settings: OnPolicySection) -> bool:

@@ -78,6 +78,9 @@ class Assembly:
                 if near is not None:
                     text.faults[NEAR_DUPLICATE] = f"it nearly repeats the prompt of {near}"
         prompts = draft.prompts()
+        if config.translate_answers == "complete" and bundle.chosen is not None:
+            answered = {bundle.response_language, *bundle.answers, *draft.translated_answers()}
+            prompts = {code: prompt for code, prompt in prompts.items() if code in answered}
         there = [code for code in config.languages if code in prompts]
         if len(there) < min(config.min_languages, len(config.languages)):
             return {TOO_FEW: f"it has prompts in {len(there)} of {len(config.languages)} languages: {there!r}"}
@@ -151,6 +154,8 @@ def _mark_unused(draft: Draft, made: Bundle | dict[str, str]) -> None:
     for text in passed:
         if text.part != "prompt" and text.language not in translated:
             text.faults[INCOMPLETE] = "its prompt or its counterpart is not used, or its counterpart is the same"
+        elif text.language not in made.prompts:
+            text.faults[INCOMPLETE] = "its answers are not used, and translate_answers=complete"
 
 
 def _with_own(bundle: Bundle, own: Sequence[Own], settings: OnPolicySection) -> Bundle | dict[str, str]:

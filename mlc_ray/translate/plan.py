@@ -13,6 +13,7 @@ from functools import partial
 
 from mlc_ray.config import TranslateConfig, TranslatorSection
 from mlc_ray.config.translate import OnPolicySection
+from mlc_ray.data.bundles import pair_number
 from mlc_ray.generate.translate import translation_request
 from mlc_ray.score.asked import BYTES_A_TOKEN, MARKERS, Asked, asked_to_judge, by_endpoint
 from mlc_ray.translate.answers import answered_in
@@ -79,7 +80,9 @@ def _too_long(config: TranslateConfig, drafts: Sequence[Draft]) -> str:
     most = settings.max_new_tokens if settings.endpoint is None else settings.endpoint.max_reply_tokens
     assert most is not None, "decided by now (TranslatorSection.for_texts_of)"
     sources = [
-        text.source for draft in drafts for text in texts_of(draft, config.languages, answers=config.translate_answers)
+        text.source
+        for draft in drafts
+        for text in texts_of(draft, config.languages, answers=bool(config.translate_answers))
     ]
     long = sum(_GROWTH * len(source.encode()) / BYTES_A_TOKEN + MARKERS > most for source in sources)
     if not long:
@@ -134,7 +137,7 @@ def _texts(config: TranslateConfig, draft: Draft) -> list[_Request]:
     """The requests there and back; twins are translated too."""
     found = list[_Request]()
     for bundle in _with_twins(config, [draft]):
-        for text in texts_of(Draft(bundle), config.languages, answers=config.translate_answers):
+        for text in texts_of(Draft(bundle), config.languages, answers=bool(config.translate_answers)):
             there = partial(translation_request, text.source, "en", named(text.language))
             found.append(_Request(text.source, there, _GROWTH))
             if config.checks.min_chrf:
@@ -181,9 +184,10 @@ def _answers(config: TranslateConfig, settings: OnPolicySection, drafts: Sequenc
     """
     asked = list[tuple[Kind, str, float]]()  # of each request: of what kind and language its prompt is, and how long
     read = 0.0
+    among = {code for draft in drafts for code in draft.bundle.prompts} | {*config.languages}
     for bundle in _with_twins(config, drafts):
         if bundle.kind in settings.kinds:
-            codes = answered_in(settings, bundle, {*bundle.prompts, *config.languages})
+            codes = answered_in(settings, pair_number(bundle), {*bundle.prompts, *config.languages}, among)
             declining = codes - settings.refusals.keys() if settings.needs_refusal(bundle.kind) else set[str]()
             length = len(bundle.prompts["en"].encode()) / BYTES_A_TOKEN
             plainly = [code for code in codes if settings.asks(bundle.kind, code)]

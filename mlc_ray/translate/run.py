@@ -238,8 +238,9 @@ def _read(config: TranslateConfig, rejects: Path) -> pa.Table:
         other = {row for row in table["response_language"].to_pylist() if row != "en"}
         if other:
             raise TranslationError(
-                f"translate_answers=true, but there are bundles with answers in {', '.join(map(repr, sorted(other)))}: "
-                "answers are translated from English alone; leave these sources out, or translate_answers"
+                f"translate_answers={config.translate_answers}, but bundles have answers in "
+                f"{', '.join(map(repr, sorted(other)))}: answers are translated from English alone; leave these "
+                "sources out, or translate_answers"
             )
     return table
 
@@ -305,7 +306,7 @@ class _Run:
                 self._twins(shard, name, work, tools)
                 judge_twins(shard, name, work, tools)
             if config.languages:
-                translate_texts(shard, name, config.languages, work, tools, answers=config.translate_answers)
+                translate_texts(shard, name, config.languages, work, tools, answers=bool(config.translate_answers))
 
         if config.languages or (twins is not None and not apart):
             self._step("texts", before, partial(self._translator, "translating"), texts)
@@ -320,13 +321,14 @@ class _Run:
     def _own(self, before: str | None, tools: Tools) -> None:
         settings = self.config.answers
         assert settings is not None
-        judge = AnswerJudge(settings, _answered_in(self.config, self.bundles), self.scratch, self.place / REPLIES_FILE)
+        languages = _answered_in(self.config, self.bundles)
+        judge = AnswerJudge(settings, languages, self.scratch, self.place / REPLIES_FILE)
         try:
             self._step(
                 "answers",
                 before,
                 self._answering,
-                lambda shard, name, work: own_answers(shard, name, settings, work, judge, tools),
+                lambda shard, name, work: own_answers(shard, name, settings, languages, work, judge, tools),
             )
         finally:
             judge.close()

@@ -219,8 +219,8 @@ def test_engines_that_a_plan_shows_are_those_that_a_command_refuses(monkeypatch,
     """On a CPU: all engines of a node share it, and in a search also the trials; the sentence is the refusal's."""
 
     def plan(kind, file, shape, *settings, memory=24):
-        monkeypatch.setattr("mlc_ray.cluster.running", lambda: None)
-        monkeypatch.setattr("mlc_ray.cli.plan.cluster_here", lambda: Cluster(None, 1, 1, memory * 2**30))
+        monkeypatch.setattr("mlc_ray.cli.plan.joined", lambda: False)
+        monkeypatch.setattr("mlc_ray.cli.plan.cluster_here", lambda *_, **__: Cluster(None, 1, 1, memory * 2**30))
         asked = ["plan", "--for", kind, "--config", file, "--shape", shape, "--json"]
         status = main([*asked, *(part for each in settings for part in ("--set", each))])
         return status, json.loads(capsys.readouterr().out)
@@ -361,7 +361,7 @@ def test_every_corner_of_a_search_is_asked_about_and_the_first_that_cannot_fit_i
     asked = ["plan", "--for", "search", "--config", str(file), "--shape", "7b", "--gpus", "8"]
     assert main([*asked, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["run"]["fits"] and found["score"]["fits"] and not found["search"]["fits"]
+    assert found["score"]["fits"] and not found["search"]["fits"]
     assert "7b with engine.stage=0 on 6 x h100 needs" in found["search"]["refused"]
     assert main([*asked, "--set", "space={engine.stage: {choice: [3, 2]}}"]) == 0
     words = capsys.readouterr().out
@@ -369,8 +369,10 @@ def test_every_corner_of_a_search_is_asked_about_and_the_first_that_cannot_fit_i
     unchecked = yaml.safe_load(file.read_text())
     (other,) = {*get_args(ClusterSection.model_fields["plan"].annotation)} - {"check"}
     file.write_text(yaml.safe_dump({**unchecked, "set": [*unchecked["set"], f"cluster.plan='{other}'"]}))
-    assert main(asked) == 0
-    assert f"corners of its space are not checked: cluster.plan={other}" in capsys.readouterr().out
+    assert main(asked) == 1  # the longest trial, which is shown, does not fit; a search tries it all the same
+    words = capsys.readouterr().out
+    assert "it does not fit: each worker's memory" in words
+    assert f"corners of its space are not checked: cluster.plan={other}" in words
 
 
 @pytest.mark.parametrize(
@@ -386,8 +388,63 @@ def test_every_corner_of_a_search_is_asked_about_and_the_first_that_cannot_fit_i
 )
 def test_what_the_named_cluster_cannot_hold_at_all_is_said(kind, options, said, capsys):
     file, *options = options
-    assert main(["plan", "--for", kind, "--config", f"configs/{file}", "--gpus", "2", *options]) == 2
+    asked = ["plan", "--for", kind, "--config", f"configs/{file}", "--gpus", "2", *options]
+    assert main(asked) == 1
     assert said in capsys.readouterr().err
+    assert main([*asked, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"] and said in found["refused"]
+
+
+def test_an_elastic_run_is_planned_on_its_most_workers_and_asked_about_on_its_fewest(capsys, monkeypatch):
+    asked = ["plan", "--config", "recipe:qwen2.5-7b", "--set", "engine.stage=3"]
+    asked += ["--set", "cluster.workers=[1,16]", "--set", "cluster.max_failures=1", "--set", "checkpoint.every=5"]
+    assert main([*asked, "--gpus", "16"]) == 1
+    words = capsys.readouterr().out
+    assert "it fits so, but not on its fewest workers" in words and "on 1 x h100 needs" in words
+    monkeypatch.setattr("mlc_ray.cli.plan.cluster_here", lambda *_, **__: EIGHT)
+    assert main([*asked, "--set", "cluster.workers=[4,16]"]) == 0
+    assert "on 8 x h100 (1 nodes)" in capsys.readouterr().out.replace("1 node)", "1 nodes)")
+    assert main([*asked, "--set", "cluster.workers=16"]) == 1
+    assert "cluster.workers=16, but the cluster has 8 GPUs" in capsys.readouterr().err
+
+
+def test_workers_of_an_elastic_run_on_cpus_are_asked_about_as_most_of_them_share_a_node():
+    config = run(
+        model={"path": "Qwen/Qwen2.5-0.5B"},
+        cluster={"workers": [1, 4], "accelerator": "cpu", "max_failures": 1},
+        checkpoint={"every": 5},
+    )
+    with pytest.raises(PlanError, match=r"on 4 x cpu needs"):
+        check_run(config, gpu=False, cluster=Cluster(None, 1, 1, 24 * 2**30))
+    check_run(config, gpu=False, cluster=Cluster(None, 4, 1, 24 * 2**30))
+
+
+def test_a_search_is_as_long_as_the_longest_trial_whatever_its_space_begins_with(tmp_path, capsys):
+    """A weight of 0 leaves the prompts in other languages out, and is less work."""
+    raw = yaml.safe_load(Path("configs/search/demo.yaml").read_text())
+    raw["set"].remove("train.max_steps=18")
+    found = []
+    for weights, steps in (([0, 0.8], [4, 12]), ([0.8, 0], [12, 4])):
+        raw["space"] = {"mlc.weight": {"choice": weights}, "train.max_steps": {"choice": steps}}
+        file = tmp_path / "search.yaml"
+        file.write_text(yaml.safe_dump(raw))
+        assert main(["plan", "--for", "search", "--config", str(file), "--shape", "0.5b", "--gpus", "8", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["search"]["seconds"] == pytest.approx(found[1]["search"]["seconds"])
+    assert found[0]["run"]["steps"] == 12
+    said = "each trial takes as long as that of {'mlc.weight': 0.8, 'train.max_steps': 12}, which takes longest"
+    assert all(said in each["search"]["assumed"] for each in found)
+
+
+def test_what_a_score_assumes_is_said(capsys):
+    asked = ["plan", "--for", "score", "--config", "configs/score/default.yaml", "--shape", "7b", "--gpus", "8"]
+    assert main([*asked, "--set", "benchmarks=[{path: data/typo.jsonl}]"]) == 0
+    words = capsys.readouterr().out
+    assert "1,800 prompts" in words
+    assert "assumed: data/typo.jsonl is not here: 180 bundles in 10 languages, as published of one test set" in words
+    assert "assumed: an engine: 72 s until it answers, 3.96e+02e12" in words.replace("396e12", "3.96e+02e12")
+    assert "h100, not calibrated" in words
 
 
 def test_a_search_on_cpus_pays_its_scores():

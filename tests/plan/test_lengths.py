@@ -196,3 +196,11 @@ def test_bundles_of_a_large_file_are_estimated_whatever_holds_them(smollm2, tmp_
         assert found(name).bundles == pytest.approx(384, rel=0.3)
         without = assumed(run(data={"train": [{"path": str(tmp_path / name)}]}))
         assert without.bundles == found(name).bundles, "a tokenizer is not needed for it"
+
+    def kept(**settings):
+        data = {"train": [{"path": str(tmp_path / "folder"), **settings}]}
+        return [weights_of(run(model={"path": str(smollm2)}, data=data), None).bundles, assumed(run(data=data)).bundles]
+
+    # Of a sample: a third of it within what a hash gives, and a half of it.
+    assert kept(share=0.33) == pytest.approx([127, 127], rel=0.45)
+    assert kept(only="benign") == pytest.approx([192, 192], rel=0.3)

@@ -50,6 +50,16 @@ def test_of_a_benchmark_that_is_not_here_no_more_than_the_limit_are_counted() ->
     assert len(prompts_of(scoring.benchmarks, scoring, 500)) == 2 * 180
 
 
+def test_of_a_published_format_as_many_are_counted_as_it_has_in_its_own_languages() -> None:
+    benchmarks = [{"path": "/not/here.csv", "format": "multijail"}]
+    scoring = parse_config(ScoringSection, {"benchmarks": benchmarks})
+    found = prompts_of(scoring.benchmarks, scoring, None)
+    assert len(found) == 10 * 315 and found.cells["harmful", "jv"] == 315
+    assert "315 bundles in 10 languages, as published of MultiJail" in found.assumed[0]
+    some = parse_config(ScoringSection, {"benchmarks": benchmarks, "languages": ["en", "jv", "fr"]})
+    assert prompts_of(some.benchmarks, some, 20).cells == {("harmful", "en"): 20, ("harmful", "jv"): 20}
+
+
 def test_prompts_are_counted_by_kind_and_language() -> None:
     found = Prompts(Counter({("harmful", "en"): 3, ("benign", "en"): 2}))
     assert len(found) == 5

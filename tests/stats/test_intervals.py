@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlc_ray.stats.intervals import RESAMPLES, Grid, Statistic, interval, make_grid, wilson
-from mlc_ray.stats.significance import EXACT_BUNDLES, FLIPS, holm, mcnemar_p, sign_flip_p
+from mlc_ray.stats.significance import EXACT_BUNDLES, FEW_FLIPS, FLIPS, holm, mcnemar_p, sign_flip_p
 
 Z = NormalDist().inv_cdf(0.975)
 
@@ -295,8 +295,16 @@ def test_sign_flips_of_many_bundles_against_enumeration() -> None:
     twelfths = [1, 2, 3, 4, 5, 6, 1, 2, 3, -4, -5, 6, 1, -2, 3]
     assert len(twelfths) > EXACT_BUNDLES  # so this one is drawn
     p = float(flips_written_out(twelfths))
-    error = math.sqrt(p * (1 - p) / FLIPS)
+    error = math.sqrt(p * (1 - p) / FEW_FLIPS)
     assert sign_flip_p(np.array(twelfths) / 12) == pytest.approx(p, abs=4 * error)
+
+
+def test_a_small_p_is_drawn_more_finely_so_that_thousands_of_tests_can_be_corrected() -> None:
+    """16 bundles that change alike: 2 of 2^16 patterns are as large, which 20,000 flips cannot tell from 1/20,001."""
+    found = sign_flip_p(np.ones(16))
+    assert found == pytest.approx(2 / 2**16, abs=4 * math.sqrt(2 / 2**16 / FLIPS))
+    assert found < 1 / (FEW_FLIPS + 1)
+    assert holm([sign_flip_p(np.ones(40))] + [1.0] * 2105)[0] < 0.05
 
 
 def test_sign_flips_without_a_difference_and_with_an_overwhelming_one() -> None:

@@ -12,7 +12,7 @@ import pytest
 from mlc_ray.stats.intervals import RESAMPLES
 from mlc_ray.stats.paired import BenchmarkChange, ConsistencyChange, LanguageChange, SideChange
 from mlc_ray.stats.rates import SideSummary, Summary, TwoSided
-from mlc_ray.stats.significance import EXACT_BUNDLES, FLIPS, SWAPS
+from mlc_ray.stats.significance import EXACT_BUNDLES, FEW_FLIPS, FLIPS, SMALL, SWAPS
 
 FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # What a table of definitions need not repeat: names of the thing itself, and its containers.
@@ -43,4 +43,5 @@ def test_every_field_is_defined(page: str, kind: type) -> None:
 def test_the_constants_are_those_of_the_code(page: str) -> None:
     assert f"{RESAMPLES:,} times" in page
     assert f"{SWAPS:,} random exchanges" in page
-    assert f"up to {EXACT_BUNDLES} bundles that differ, else {FLIPS:,} random ones" in page
+    flips = f"else {FEW_FLIPS:,} random ones, and where p is below {SMALL:g} by these, {FLIPS:,}"
+    assert f"up to {EXACT_BUNDLES} bundles that differ, {flips}" in page

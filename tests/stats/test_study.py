@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from mlc_ray.stats.study import (
     method_rates,
     method_tests,
     read_verdicts,
+    sides_by_benchmark,
 )
 from mlc_ray.stats.summaries import summarise
 from mlc_ray.types import Kind
@@ -97,6 +99,34 @@ def test_every_number_is_the_mean_over_seeds_of_what_plain_loops_give() -> None:
     ]
     assert found.difference.value == pytest.approx(np.mean(differences))
     assert found.seeds == 3
+
+
+def test_each_of_several_benchmarks_has_its_own_sides() -> None:
+    """A hard one that asks two languages and an easy one that asks three: their mean flatters the third language."""
+
+    def run(seed: int) -> list[Judged]:
+        hard = [replace(r, benchmark="hard") for r in verdicts(seed, refuses=0.2) if r.language != "sw"]
+        easy = [replace(r, benchmark="easy") for r in verdicts(seed, refuses=0.8) if r.kind == "harmful"]
+        return [*hard, *easy]
+
+    runs = {seed: run(seed) for seed in (1, 2)}
+    both = method_rates(read_verdicts(runs), None)
+    found = sides_by_benchmark(read_verdicts(runs), None)
+    assert {name: [side.kind for side in sides] for name, sides in found.items()} == {
+        "hard": ["harmful", "benign"], "easy": ["harmful"],
+    }  # fmt: skip
+    hard, easy = found["hard"][0], found["easy"][0]
+    assert list(hard.languages) == ["en", "fr"] and list(easy.languages) == ["en", "fr", "sw"]
+    alone = method_rates(
+        read_verdicts({s: [r for r in each if r.benchmark == "hard"] for s, each in runs.items()}), None
+    )
+    assert hard == alone.harmful
+    assert both.harmful.languages["en"].value == pytest.approx(
+        (hard.languages["en"].value + easy.languages["en"].value) / 2
+    )
+    assert both.harmful.languages["sw"].value > both.harmful.languages["en"].value
+    assert easy.languages["sw"].value < easy.languages["en"].value
+    assert sides_by_benchmark(read_verdicts({1: verdicts(1)}), None) == {}
 
 
 def test_one_seed_has_the_numbers_and_intervals_of_its_own_score() -> None:

@@ -150,8 +150,8 @@ def test_costs_are_those_of_all_cells_that_took_steps(tmp_path: Path) -> None:
 def test_more_tests_than_random_flips_can_tell_apart_are_said(folder: Path) -> None:
     result = recorder(planned(folder), folder).write()
     assert not any("random flips" in note for note in study_notes(result))
-    many = replace(result, tests=result.tests[:1] * 1001)
-    assert any("With 1,001 tests no p-value by 20,000 random flips" in note for note in study_notes(many))
+    many = replace(result, tests=result.tests[:1] * 10_001)
+    assert any("With 10,001 tests no p-value by 200,000 random flips" in note for note in study_notes(many))
 
 
 def test_a_score_on_other_prompts_is_refused_and_one_without_verdicts_is_left_out(folder: Path) -> None:

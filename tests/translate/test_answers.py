@@ -15,7 +15,7 @@ import pytest
 
 from mlc_ray.config import ConfigError, TranslateConfig, parse_config
 from mlc_ray.config.translate import ChecksSection, OnPolicySection
-from mlc_ray.data.bundles import make_bundle
+from mlc_ray.data.bundles import make_bundle, pair_number
 from mlc_ray.data.labelled import read_labelled
 from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import ANSWERS, Generator
@@ -66,6 +66,15 @@ def answered(
     given: Bundle, section: OnPolicySection, said: Said, folder: Path, tools: Tools
 ) -> tuple[dict[str, Own], list[str]]:
     """What became of the answers to a bundle, by a model that says `said(how, language)`, and what it was asked."""
+    shard = Shard([Draft(given)])
+    asked = answer_all(shard, section, ["en", "es"], said, folder, tools)
+    return {own.language: own for own in shard.drafts[0].own}, asked
+
+
+def answer_all(
+    shard: Shard, section: OnPolicySection, languages: list[str], said: Said, folder: Path, tools: Tools
+) -> list[str]:
+    """Let the model answer a shard; returns what it was asked."""
 
     def work(table: pa.Table) -> pa.Table:
         rows = []
@@ -76,10 +85,10 @@ def answered(
 
     part = Part("answering", Generator, {})
     pool = LocalPool(part, work=work)
-    shard = Shard([Draft(given)])
-    judge = AnswerJudge(section, ["en", "es"], folder, Place(folder / "replies.parquet"))
-    own_answers(shard, "00000", section, Work(part, pool, Place(folder), "model"), judge, tools)  # type: ignore[arg-type]
-    return {own.language: own for own in shard.drafts[0].own}, pool.asked
+    judge = AnswerJudge(section, languages, folder, Place(folder / "replies.parquet"))
+    asking = Work(part, pool, Place(folder), "model")  # type: ignore[arg-type]
+    own_answers(shard, "00000", section, languages, asking, judge, tools)
+    return pool.asked
 
 
 def good(how: str, language: str) -> tuple[str, str]:
@@ -111,12 +120,37 @@ def test_one_other_language_of_each_bundle_is_asked_for_beside_english(tmp_path:
     assert asked[:2] == [RICE["en"], RICE["es"]] and own.keys() == {"en", "es"}
     found = Counter[str]()
     for number in range(400):
-        twins = [Bundle(f"{kind} {number}", kind, {}, pair=f"p{number}") for kind in ("harmful", "benign")]
-        (answered_in_both,) = {frozenset(answered_in(one, each, codes)) for each in twins}
-        found.update(answered_in_both)
+        drawn = pair_number(Bundle("", "harmful", {}, pair=f"p{number}"))
+        found.update(answered_in(one, drawn, codes, codes))
+        # A bundle that lacks a language that was not drawn is answered in the same one.
+        (own,) = answered_in(one, drawn, codes, codes) - {"en"}
+        fewer = [code for code in codes if code == own or code in ("en", "ru")]
+        assert answered_in(one, drawn, fewer, codes) == {"en", own}
     assert found.pop("en") == 400 and sum(found.values()) == 400
     assert all(70 < found[code] < 130 for code in codes[1:])  # 100 on average; 3 standard deviations are 26
-    assert answered_in(one, bundle(), ["en"]) == {"en"} and answered_in(settings(), bundle(), codes) == {*codes}
+    assert answered_in(one, 7, ["en"], codes) == {"en"} and answered_in(settings(), 7, codes, codes) == {*codes}
+
+
+def test_a_twin_that_was_written_is_answered_in_the_language_of_its_origin(tmp_path: Path) -> None:
+    """It has no pair of its own yet; where one of both lacks a language, neither is answered in it."""
+    codes = ["es", "fr", "ru", "zh"]
+    checks = Tools(ChecksSection(), Identifier(codes))
+
+    def prompts(text: str, lacking: str = "") -> dict[str, str]:
+        return {"en": text, **{code: f"{text} {code}" for code in codes if code != lacking}}
+
+    for number in range(12):
+        origin = bundle(prompts=prompts(f"How do I cook rice {number}?", codes[number % 4]))
+        twin = bundle(prompts=prompts(f"How do I cook soup {number}?"))
+        drafts = [Draft(origin), Draft(twin, twin_of=origin.bundle_id)]
+        shard = Shard(drafts)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        answer_all(
+            shard, settings(languages="one_other"), ["en", *codes], lambda *_: (GOOD["en"], "stop"), folder, checks
+        )
+        (first, second) = ({own.language for own in draft.own} for draft in drafts)
+        assert first == second and len(first) == 2 and codes[number % 4] not in first
 
 
 @pytest.mark.parametrize(
@@ -404,8 +438,19 @@ def test_what_passes_and_is_not_in_a_written_bundle_says_why(tools: Tools) -> No
     ]
     given = bundle(prompts={"en": RICE["en"]}, chosen="So.", rejected="No.")
     [line], rejected = assembled(Draft(given, texts=texts), tools, kinds=["harmful"])
-    assert "answers" not in json.loads(line)
+    assert "answers" not in json.loads(line) and "es" in json.loads(line)["prompts"]
     assert [json.loads(row)["checks"].keys() for row in rejected] == [{"incomplete answers"}] * 2
+
+    # With `complete` the language is left out, and all three texts say why.
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "languages": ["es"], "translator": {"model": "m"}}
+    for least, written in ((0, 1), (1, 0)):
+        complete = parse_config(TranslateConfig, {**raw, "translate_answers": "complete", "min_languages": least})
+        draft = Draft(given, texts=[replace(text, faults={}) for text in texts])
+        files = Assembly(complete, tools, Counts("n")).shard(Shard([draft]))
+        assert len(files.bundles) == written
+        assert all(json.loads(line)["prompts"].keys() == {"en"} for line in files.bundles)
+        told = [json.loads(row) for row in files.rejected]
+        assert [row["part"] for row in told] == ([] if written else ["bundle"]) + ["prompt", "chosen", "rejected"]
 
     own = [Own("en", NO["en"], "refused", "says so", plain="refused"), Own("es", GOOD["es"], "kept", refusal=NO["es"])]
     draft = Draft(given, texts=[Text("es", "prompt", "How?", RICE["es"])], own=own)

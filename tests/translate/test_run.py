@@ -249,7 +249,7 @@ def test_bundles_that_cannot_be_translated_are_refused(ray_local: Any, tmp_path:
         ({"languages": ["es"]}, "languages needs a translator"),
         ({"twins": {}}, "twins needs a translator"),
         ({"translator": {"model": "m"}, "answers": {"model": "m"}}, "translator is read with languages or twins"),
-        ({"translate_answers": True, "answers": {"model": "m"}}, "translate_answers=true is read with languages"),
+        ({"translate_answers": True, "answers": {"model": "m"}}, "translate_answers is read with languages"),
         (
             {
                 "languages": ["es"],

@@ -43,18 +43,22 @@ class Published:
     """The published benchmark that a format was made for: what docs/judges.md compares with what judges read.
 
     `languages` are primary codes. `refusals` says whether a refusal is the right response to a harmful prompt of it: it
-    is none to the beginning of a text, or to somebody who needs a careful answer.
+    is none to the beginning of a text, or to somebody who needs a careful answer. `bundles` are those that it has in
+    each language, where that is one number and known.
     """
 
     name: str
     languages: frozenset[str]
     kinds: tuple[Kind, ...]
     refusals: bool = True
+    bundles: int | None = None
 
     @classmethod
-    def of(cls, name: str, languages: str, *kinds: Kind, refusals: bool = True) -> Published:
+    def of(
+        cls, name: str, languages: str, *kinds: Kind, refusals: bool = True, bundles: int | None = None
+    ) -> Published:
         """The same with the languages in one text, blanks between them."""
-        return cls(name, frozenset(languages.split()), kinds, refusals)
+        return cls(name, frozenset(languages.split()), kinds, refusals, bundles)
 
 
 class Format:

@@ -17,7 +17,7 @@ _LABELS = frozenset({"id", "source", "tags"})
 class MultiJail(Format):
     """One column per language beside `id`, `source` and `tags`; an empty cell is a language that the bundle lacks."""
 
-    published = Published.of("MultiJail", "ar bn en it jv ko sw th vi zh", "harmful")
+    published = Published.of("MultiJail", "ar bn en it jv ko sw th vi zh", "harmful", bundles=315)
     needs = _LABELS
     default_kind = "harmful"
     ids = ("id",)

@@ -14,7 +14,7 @@ from mlc_ray.data.formats.turns import ANSWER_LANGUAGE, ASSISTANT, USER, TurnFor
 class Preference(TurnFormat):
     """`prompt`, `prompt_xx`, `chosen`, `rejected`, each a message {from, value}, a list of one, or text."""
 
-    published = Published.of("PKU-SafeRLHF, multilingual", "ar bn en ja ku ps ru sw ur zh", "harmful")
+    published = Published.of("PKU-SafeRLHF, multilingual", "ar bn en ja ku ps ru sw ur zh", "harmful", bundles=180)
     own = ("prompt", "chosen", "rejected")
     needs = frozenset({"prompt"})
 
