@@ -72,11 +72,12 @@ def seconds(
     config: TrainConfig, shape: Shape, held: Holding, cut: Cut, *, rates: Rates, cluster: Cluster
 ) -> tuple[Seconds, float]:
     """Of a step, and the useful operations of all workers in it."""
-    lora = config.model.lora is not None
-    rates = rates.training(lora=lora).among(min(held.workers, cluster.per_node))
-    of_row = flops(shape, cut.mean, trained=0.0 if lora else 1.0, head_trained=not lora, pairs=attended(cut.mean))
-    if lora:  # forward, back to the input and to the weight
-        of_row += 6 * held.trained * cut.mean.tokens
+    lora = config.model.lora
+    rates = rates.training(lora=lora is not None).among(min(held.workers, cluster.per_node))
+    whole, pairs = lora is None, attended(cut.mean)
+    of_row = flops(shape, cut.mean, trained=float(whole), head_trained=whole, pairs=pairs)
+    if lora is not None:  # forward, back to the input and to the weight
+        of_row += 6 * shape.adapters(lora.rank, lora.target_modules) * cut.mean.tokens
     worker = of_row * cut.forwards
     again = 1 + REPEATED[config.model.gradient_checkpointing]
     online = 1.0

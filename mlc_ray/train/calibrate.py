@@ -44,6 +44,7 @@ from mlc_ray.train.flops import Work
 from mlc_ray.train.model import (
     ModelOutput,
     PolicyWithExtractor,
+    add_adapters,
     cast_parameters,
     load_policy,
     model_depth,
@@ -285,7 +286,7 @@ def kept_bytes_of(settings: dict[str, Any], threads: int, bundles: int) -> tuple
 
 
 def _module(config: TrainConfig, device: str) -> PolicyWithExtractor:
-    policy = load_policy(config.model)
+    policy = add_adapters(load_policy(config.model), config.model)
     depth = policy.config.get_text_config().num_hidden_layers
     module = PolicyWithExtractor(
         policy, layer=resolve_layer(config.mlc.layer, depth), extractor_dim=config.mlc.extractor_dim, seed=config.seed
@@ -325,7 +326,8 @@ def timed_steps(settings: dict[str, Any], threads: int, bundles: int) -> Stepped
             module = _module(config, "cpu")
         engine = chosen(module, config, device)
         work = Work.of(engine.module, engine.shape)
-        trained = sum(math.prod(engine.shape(weight)) for weight in engine.module.parameters())
+        weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
+        trained = sum(math.prod(engine.shape(weight)) for weight in weights)
         spent = []
         rows = rows_of(config, bundles + TIMED - 1)
         batches = [_batches(rows, size, TIMED, "cpu") for size in (1, bundles)]

@@ -7,6 +7,7 @@ import pytest
 
 from mlc_ray.config import ConfigError
 from mlc_ray.plan.activations import Row
+from mlc_ray.plan.memory import holding_of
 from mlc_ray.plan.seconds import attended, flops
 from mlc_ray.plan.shapes import config_of, shape_of
 from mlc_ray.train import calibrate
@@ -20,6 +21,7 @@ from mlc_ray.train.calibrate import (
     rows_of,
     speed,
     timed_steps,
+    with_adapters,
 )
 from tests.plan.test_memory import run
 
@@ -46,14 +48,21 @@ def test_a_run_with_adapters_is_probed_with_all_its_weights(small_llama):
     assert (shards.trained, shards.flops) == (stepped.trained, stepped.flops), "stage 3 hides shapes, and nothing else"
     ((kept, grown),) = _in_children(1, "small", kept_bytes_of, settings, 1, 2)
     assert kept >= 0.5 and grown >= 0
+    (adapted,) = _in_children(1, "small", timed_steps, with_adapters(settings, config), 1, 2)
+    assert adapted.trained < stepped.trained / 2
     shape = shape_of(*config_of(str(small_llama), trust_remote_code=False))
-    for number, counted in zip((1, 2), stepped.flops, strict=True):
-        found = []
+    held = holding_of(config, shape, workers=1, dtype="float32", device="cpu")
+    assert adapted.trained == held.trained
+    for number, counted, frozen in zip((1, 2), stepped.flops, adapted.flops, strict=True):
+        found, of_adapters = [], []
         for made in _batches(rows_of(config, number + TIMED - 1), number, TIMED, "cpu")[1:]:
             tree, head = made.tree, len(made.chosen.targets) + len(made.rejected.targets)
             pairs = sum(q * k for q, k in zip(tree.lengths, tree.key_lengths, strict=True))
             row = Row(tree.tokens, sum(tree.key_lengths), pairs, head, len(made.prompts.tapped))
             found.append(flops(shape, row, trained=1.0, head_trained=True, pairs=attended(row)))
+            base = flops(shape, row, trained=0.0, head_trained=False, pairs=attended(row))
+            of_adapters.append(base + 6 * shape.adapters(4, "all-linear") * row.tokens)
+        assert frozen == pytest.approx(statistics.median(of_adapters), rel=0.05)
         assert counted == pytest.approx(statistics.median(found), rel=0.05), "what is measured is what plans count"
 
 
