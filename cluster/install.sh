@@ -29,7 +29,8 @@ die() { printf 'install: error: %s\n' "$*" >&2; exit 1; }
 
 # ------------------------------------------------------------------------------------------------ what is here
 
-supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; }
+# 3.11.5: what the pinned versions need at least (Debian 12 has 3.11.2).
+supported() { "$1" -c 'import sys; sys.exit(not (3, 11, 5) <= sys.version_info[:3] < (3, 15))' 2>/dev/null; }
 
 # Whether a local wheel folder is set that offers torch, but not for this Python.
 other_wheels() {
@@ -54,10 +55,10 @@ find_python() {
       return
     fi
     if [ -n "$candidate" ] && [ "$candidate" = "${MLC_RAY_PYTHON:-}" ]; then
-      die "MLC_RAY_PYTHON=$candidate is not a Python between 3.11 and 3.14"
+      die "MLC_RAY_PYTHON=$candidate is not a Python between 3.11.5 and 3.14"
     fi
   done
-  die "no Python between 3.11 and 3.14 found (python3 is $(python3 --version 2>&1 || echo missing)); install one, or name it in MLC_RAY_PYTHON"
+  die "no Python between 3.11.5 and 3.14 found (python3 is $(python3 --version 2>&1 || echo missing)); install one (uv python install 3.12, or pyenv), or name it in MLC_RAY_PYTHON"
 }
 
 accelerator="${MLC_RAY_ACCELERATOR:-}"
@@ -103,7 +104,7 @@ if [ ! -x "$venv/bin/python" ]; then
     die "$python can make no virtual environment: its ensurepip is missing, as Debian and Ubuntu ship it. Run \`sudo apt install python$version-venv\` (or install uv: https://docs.astral.sh/uv) and try again"
   fi
 elif ! supported "$venv/bin/python"; then
-  die "$venv holds $("$venv/bin/python" --version), not a Python between 3.11 and 3.14; remove it (make clean) and try again"
+  die "$venv holds $("$venv/bin/python" --version), not a Python between 3.11.5 and 3.14; remove it (make clean) and try again"
 fi
 if [ ! -x "$venv/bin/uv" ]; then
   "$venv/bin/python" -m pip --version >/dev/null 2>&1 || die "$venv has no pip; remove it and try again"
