@@ -35,9 +35,9 @@ Asked = Mapping[str, Sequence[tuple[list[int], list[int]]]]
 """Ids of prompts and responses, by language."""
 
 
-def asked_of(folder: Path, model: str) -> Asked:
+def asked_of(folder: Path, model: str, chat: ChatSection) -> Asked:
     """The benign prompts of a score with which the model complied, and its responses."""
-    template = ChatTemplate(load_tokenizer(model), ChatSection(), prompts_only=True)
+    template = ChatTemplate(load_tokenizer(model), chat, prompts_only=True)
     found = defaultdict(list)
     for row in read_responses(folder / "responses.parquet"):
         if (row.kind, row.behaviour) == ("benign", "complied") and row.response:
@@ -82,8 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     dtype = resolved(options.dtype, gpu=False)
     plan = json.loads((options.study / "study.json").read_text(encoding="utf-8"))["config"]
+    chat = ChatSection.model_validate(plan["train"].get("chat") or {})
+    if unknown := set(options.methods or ()) - plan["methods"].keys():
+        parser.error(f"--methods {' '.join(unknown)}: the study has {', '.join(plan['methods'])}")
     for name, section in plan["models"].items():
-        asked = asked_of(options.study / "untouched" / name, section["path"])
+        asked = asked_of(options.study / "untouched" / name, section["path"], chat)
         untouched = likelihoods(section["path"], asked, dtype)
         changes: dict[str, list[dict[str, float]]] = defaultdict(list)
         for method in options.methods or plan["methods"]:
@@ -92,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if folder.is_dir():
                     own = likelihoods(str(folder), asked, dtype)
                     changes[method].append({code: own[code] / untouched[code] - 1 for code in asked})
+        if not changes:
+            parser.error(f"{options.study} has no model of {name} that is kept (keep_models: true)")
         print(f"| {name} | responses | untouched | {' | '.join(changes)} |\n|{'---|' * (3 + len(changes))}")
         for code, pairs in asked.items():
             # A log-prob is below 0: one that is larger by a share is less likely.

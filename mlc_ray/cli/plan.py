@@ -21,16 +21,17 @@ from mlc_ray.config import (
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.check import check_run
 from mlc_ray.plan.check_engines import check_beside, check_engine
+from mlc_ray.plan.cutting import steps_of
 from mlc_ray.plan.hardware import Cluster, cluster_of, with_workers
 from mlc_ray.plan.lengths import Weights, weights_of
 from mlc_ray.plan.nearest import Fitting, cheapest, fitting
 from mlc_ray.plan.rates import rates_of, threads_of
 from mlc_ray.plan.records import RunPlan
-from mlc_ray.plan.runs import NoRoomError, PlanError, dtype_of, plan_run
+from mlc_ray.plan.runs import NoRoomError, PlanError, dtype_of, plan_run, plannable
 from mlc_ray.plan.scores import ScorePlan, plan_scoring, plan_search
 from mlc_ray.plan.shapes import Shape, ShapeError, config_of, counted, is_quantised, shape_of
 from mlc_ray.plan.show import run_json, run_lines, score_json, score_lines, search_json, search_lines
-from mlc_ray.plan.there import cluster_here, grows, joined
+from mlc_ray.plan.there import cluster_here, grows, joined, most_on_cpus
 from mlc_ray.score.counted_prompts import Prompts, prompts_of
 
 _CLUSTER = ("gpus", "gpu", "gpus_per_node", "node_memory")
@@ -70,7 +71,8 @@ def plan_command(arguments: argparse.Namespace) -> None:
         lines, found = kinds[arguments.kind or "train"](arguments)
     except NoRoomError as error:
         if arguments.json:
-            print(json.dumps({"fits": False, "refused": str(error)}, indent=2))
+            none = {"fits": False, "refused": str(error)}
+            print(json.dumps({"search": none} if arguments.kind == "search" else none, indent=2))
         raise DoesNotFitError(str(error)) from None
     print(json.dumps(found, indent=2) if arguments.json else "\n".join(lines))
     parts = [found] if "fits" in found else found.values()
@@ -161,7 +163,7 @@ def _train(arguments: argparse.Namespace) -> tuple[Sequence[str], Any]:
     section = config.cluster
     cluster = _run_on(arguments, section)
     # All GPUs that are named; of a cluster that is there, as many as the run takes.
-    workers = arguments.gpus or section.most_workers
+    workers = arguments.gpus or (section.most_workers if cluster.gpu is not None else most_on_cpus(section))
     if arguments.gpus is None and cluster.gpu is not None and not (joined() and grows()):
         if section.least_workers > cluster.gpus:
             raise NoRoomError(
@@ -227,13 +229,19 @@ def _search(arguments: argparse.Namespace) -> tuple[Sequence[str], Any]:
     base = space.run(next(iter(space.corners())), name="corner")
     cluster = _run_on(arguments, base.cluster)
     planned = _Runs(arguments, base, cluster, workers=base.cluster.most_workers)
-    values = space.heaviest(lambda trial: planned.plan(trial).wall_seconds)
-    longest = space.run(values, name="corner")
+    longest = space.heaviest(lambda trial: planned.plan(trial).wall_seconds if plannable(trial) else 0.0)
     run, best = planned.plan(longest), planned.cheapest(longest)
     scoring, points = config.scoring, number_of_points(config, space)
     choosing, confirming = (_scored(scoring, planned.shape, cluster, prompts) for prompts in count_asked(config))
-    plan = plan_search(config, run, points=points, choosing=choosing, confirming=confirming, cluster=cluster)
-    plan = replace(plan, assumed=(*plan.assumed, f"each trial takes as long as that of {values}, which takes longest"))
+    most = space.heaviest(lambda trial: steps_of(trial, planned.weights(trial)))
+    steps = steps_of(most, planned.weights(most))
+    plan = plan_search(
+        config, run, points=points, choosing=choosing, confirming=confirming, cluster=cluster, steps=steps
+    )
+    said = [f"each trial takes as long as that of {space.values_in(longest)}, which takes longest"]
+    if not all(plannable(space.run(values, name="corner")) for values in space.corners()):
+        said.append("nothing of trials with another engine than deepspeed, whose memory and time are not known")
+    plan = replace(plan, assumed=(*plan.assumed, *said))
     model, gpu, on = arguments.shape or base.model.path, cluster.gpu is not None, _to_check(arguments, cluster)
     lacks = _refused(lambda: check_engine(model, scoring, gpu=gpu, cluster=on))
     runs = [_as_planned(space.run(corner, name="corner"), model, cluster) for corner in space.corners()]
@@ -269,6 +277,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         print(json.dumps(asdict(rates), indent=2))
         return
     gaps = f", and {rates.grown:.2f} times that stays after many" if rates.grown else ""
+    if rates.lora_flops is not None and rates.lora_forward_seconds is not None:
+        gaps += f", with adapters {rates.lora_flops / 1e9:.4g}e9 and {rates.lora_forward_seconds:.2g} s"
     crowd = f", {rates.crowded:.0%} of that speed for each of {rates.crowd} workers at once" if rates.crowd > 1 else ""
     print(
         f"{rates.device}, {rates.dtype}: {rates.flops / 1e9:.4g}e9 useful operations a second, "

@@ -12,7 +12,7 @@ from mlc_ray.plan.rates import rates_of, threads_of
 from mlc_ray.plan.records import GIB, Memory, RunPlan
 from mlc_ray.plan.runs import PlanError, plan_run, plannable
 from mlc_ray.plan.shapes import Shape, known_shape
-from mlc_ray.plan.there import known_cluster
+from mlc_ray.plan.there import grows, known_cluster, most_on_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +26,24 @@ def check_run(
         config: the run, its model's type decided.
         gpu: whether its workers have GPUs.
         weights: what its data weighs, once that is known; before, next to nothing is taken for it.
-        cluster: what it runs on (default: the cluster that is there).
+        cluster: what it runs on (default: the cluster that was joined).
 
     Raises:
         PlanError: It cannot fit; the message names the part that breaks it and the nearest settings that fit.
     """
     if config.cluster.plan == "skip" or not plannable(config):
         return
-    labels = config.cluster.label_selector
-    cluster = known_cluster(gpu=gpu, labels=labels) if cluster is None else cluster
+    given, labels = cluster, config.cluster.label_selector
+    cluster = known_cluster(gpu=gpu, labels=labels) if given is None else given
     if cluster is None:
         return
     shape = known_shape(config.model.path, trust_remote_code=config.model.trust_remote_code)
     if shape is None:
         return
-    least_workers, most_workers = config.cluster.least_workers, config.cluster.most_workers
-    # More GPUs hold more; more workers on the same CPUs share what their nodes have.
-    for workers in {least_workers, least_workers if gpu else most_workers}:
+    few = many = config.cluster.least_workers
+    if not gpu and not (given is None and grows()):  # more GPUs hold more; more workers on the same CPUs share memory
+        many = most_on_cpus(config.cluster)
+    for workers in sorted({few, many}):
         _check(config, shape, with_workers(cluster, workers), weights, workers=workers)
 
 
@@ -56,7 +57,8 @@ def _check(config: TrainConfig, shape: Shape, cluster: Cluster, weights: Weights
         return
     weights = assumed(config) if weights is None else weights
     found = nearest(fitting(config, shape, cluster, weights, rates, dtype=dtype, workers=workers))
-    fix = f"the nearest that fits: {found}" if found is not None else "nothing that was tried fits: use more workers"
+    more = "use more workers" if cluster.gpu is not None else "use nodes with more memory, or fewer workers on each"
+    fix = f"the nearest that fits: {found}" if found is not None else f"nothing that was tried fits: {more}"
     raise PlanError(
         f"{said(plan)}; {fix} (`mlc-ray plan --config ...` has all numbers; cluster.plan=skip tries anyway)"
     )

@@ -203,7 +203,10 @@ def _read(config: TrainConfig, name: str) -> object:
 
 def _assumed(config: TrainConfig, rates: Rates, cluster: Cluster, shape: Shape, workers: int) -> tuple[str, ...]:
     said = []
-    said.append(said_of(rates))
+    lora = config.model.lora is not None
+    said.append(said_of(rates.training(lora=lora)))
+    if lora and rates.measured is not None and rates.lora_flops is None:
+        said.append("adapters take the time of all weights: that calibration measured none; calibrate again")
     if rates.threads is not None and rates.threads != (threads := threads_of(config)):
         said.append(
             f"that was measured with cluster.cpus_per_worker={rates.threads}, but this run has {threads}: calibrate "

@@ -184,18 +184,26 @@ def runs_in(config: SearchConfig, *, points: int) -> int:
 
 
 def plan_search(
-    config: SearchConfig, run: RunPlan, *, points: int, choosing: ScorePlan, confirming: ScorePlan, cluster: Cluster
+    config: SearchConfig,
+    run: RunPlan,
+    *,
+    points: int,
+    choosing: ScorePlan,
+    confirming: ScorePlan,
+    cluster: Cluster,
+    steps: int | None = None,
 ) -> SearchPlan:
     """Trials side by side, as many as `concurrency` says and GPUs beside the engines hold; further seeds in turn.
 
     Engines are up from the first trial to the last, so that their start is paid once, and their GPUs are held all the
-    time (with `share_gpu` those of the trials). Trials that end together are scored one after another.
+    time (with `share_gpu` those of the trials). Trials that end together are scored one after another. `run` is the
+    trial that takes longest, and `steps` those of the one that has most (default: the same one).
 
     Raises:
         NoRoomError: The cluster has too few GPUs for a trial beside the engines.
     """
     trials, runs = points * config.repeats, runs_in(config, points=points)
-    scores = scores_in(config, points=points, steps=run.steps)
+    scores = scores_in(config, points=points, steps=steps or run.steps)
     engines = 0 if config.share_gpu else choosing.held
     room = config.concurrency if cluster.gpu is None else (cluster.gpus - engines) // run.workers
     if room < 1:

@@ -6,16 +6,16 @@ Ray is imported on demand: a simulated run needs none.
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterable
-from functools import cache
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from mlc_ray.capacity import NO_LABELS, Labels, Need
-from mlc_ray.config import EngineSection
+from mlc_ray.config import ClusterSection, EngineSection
 from mlc_ray.device import VisibleGpu, host_memory, visible_gpus
 from mlc_ray.plan.hardware import Cluster, Gpu, HardwareError, this_machine
-from mlc_ray.plan.rates import gpu_here, read_calibrations
+from mlc_ray.plan.rates import PlanCalibrationError, gpu_here, read_calibrations
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def cluster_there(*, gpu: bool, labels: Labels = NO_LABELS) -> Cluster:
 
     Raises:
         HardwareError: No node with GPUs has the labels, or a GPU is neither in the table nor calibrated.
+        PlanCalibrationError: The file of calibrations is damaged.
     """
     from mlc_ray.cluster import nodes_that_compute
 
@@ -56,12 +57,15 @@ def cluster_there(*, gpu: bool, labels: Labels = NO_LABELS) -> Cluster:
     ids = tuple(node["NodeID"] for node in nodes)
     if not gpu:
         return Cluster(None, max(1, len(nodes)), 1, _least_memory(ids))
-    gpus = [int(node["Resources"]["GPU"]) for node in nodes]
-    kinds = _gpus_of(ids)
-    if not kinds:
+    # Ray's accelerator types keep A100 of "A100-SXM4-40GB", and H100 of "H100 PCIe". Tasks are asked: this process
+    # would hold some of a GPU's memory from then on.
+    seen = {node: each for node, each in _said_by(ids, visible_gpus, "which GPUs it has").items() if each}
+    gpus = [int(node["Resources"]["GPU"]) for node in nodes if node["NodeID"] in seen]
+    if not gpus:
         named = f" that has the labels {dict(labels)}" if labels else ""
         raise HardwareError(f"no node with GPUs{named} is up, or none said which they are: name them (--gpus N)")
-    return Cluster(_least(kinds), sum(gpus), max(1, min(gpus)), _least_memory(ids))
+    kinds = {gpu for each in seen.values() for gpu in each}
+    return Cluster(_least(kinds), sum(gpus), max(1, min(gpus)), _least_memory(tuple(seen)))
 
 
 def _least(gpus: Iterable[VisibleGpu]) -> Gpu:
@@ -70,12 +74,14 @@ def _least(gpus: Iterable[VisibleGpu]) -> Gpu:
 
 
 def known_cluster(*, gpu: bool, labels: Labels = NO_LABELS) -> Cluster | None:
-    """The same; None where its GPUs are not known, which is logged."""
+    """The same; None where its GPUs are not known, or the file of calibrations is damaged, which is logged."""
     try:
         return cluster_there(gpu=gpu, labels=labels)
     except HardwareError as error:
         logger.info("memory is not planned: %s", error)
-        return None
+    except PlanCalibrationError as error:  # what is only looked at beforehand stops nothing
+        logger.warning("memory is not planned: %s", error)
+    return None
 
 
 def engines_there(engine: EngineSection) -> int:
@@ -85,6 +91,22 @@ def engines_there(engine: EngineSection) -> int:
     if engine.replicas != "auto":
         return engine.replicas
     return how_many_fit(Need(engine.cpus_per_replica, 0.0, engine.label_selector))
+
+
+def most_on_cpus(section: ClusterSection) -> int:
+    """The most workers that a run on CPUs has at once: as its settings say, or of an elastic one as many as have room.
+
+    That is on the nodes of the cluster that was joined, else on this machine.
+    """
+    from mlc_ray.cluster import how_many_fit
+
+    if section.least_workers == section.most_workers:
+        return section.least_workers
+    if joined():
+        room = how_many_fit(Need(section.cpus_per_worker, 0.0, section.label_selector))
+    else:
+        room = int(len(os.sched_getaffinity(0)) / section.cpus_per_worker)
+    return min(section.most_workers, max(section.least_workers, room))
 
 
 def joined() -> bool:
@@ -101,8 +123,7 @@ def grows() -> bool:
     return bool(growth.kinds) or not growth.known
 
 
-@cache  # asked once for the same nodes
-def _least_memory(nodes: tuple[str, ...]) -> int | None:
+def _least_memory(nodes: Sequence[str]) -> int | None:
     """The least that one of these nodes (ids) has, each asked by a task; None where that is known of none.
 
     The driver may be on a small head. What Ray counts as a node's `memory` is what was free when it started, without
@@ -112,26 +133,23 @@ def _least_memory(nodes: tuple[str, ...]) -> int | None:
 
     here = this_node()
     found = [host_memory().total] if here in nodes else []
-    answers = _said_by(tuple(node for node in nodes if node != here), host_memory, "how much memory it has")
-    return min([*found, *(each.total for each in answers)], default=None)
+    answers = _said_by([node for node in nodes if node != here], host_memory, "how much memory it has")
+    return min([*found, *(each.total for each in answers.values())], default=None)
 
 
-@cache
-def _gpus_of(nodes: tuple[str, ...]) -> frozenset[VisibleGpu]:
-    """The kinds of GPUs that these nodes have, each asked by a task: this process would hold some of their memory.
-
-    Ray's accelerator types do not say it: of "A100-SXM4-40GB" and "H100 PCIe" they keep A100 and H100.
-    """
-    return frozenset(each for answer in _said_by(nodes, visible_gpus, "which GPUs it has") for each in answer)
+_known: dict[tuple[str, str], Any] = {}
+"""What nodes said, by the function that was asked and the node: asked once, but for a node that did not answer."""
 
 
-def _said_by(nodes: tuple[str, ...], function: Callable[[], T], what: str) -> list[T]:
+def _said_by(nodes: Sequence[str], function: Callable[[], T], what: str) -> dict[str, T]:
+    """What `function` returns on each of these nodes, without those that do not answer, of which a warning is given."""
     from mlc_ray.cluster import ClusterError, ask_nodes
 
-    found = list[T]()
-    for node, answer in ask_nodes(function, nodes=nodes).items():
+    asked = [node for node in nodes if (function.__name__, node) not in _known]
+    for node, answer in ask_nodes(function, nodes=asked).items():
         if isinstance(answer, ClusterError):
             logger.warning("node %s did not say %s, and is not planned with (%s)", node[:8], what, answer)
         else:
-            found.append(answer)
-    return found
+            _known[function.__name__, node] = answer
+    found = {node: _known.get((function.__name__, node)) for node in nodes}
+    return {node: answer for node, answer in found.items() if answer is not None}

@@ -92,18 +92,30 @@ class Space:
             for value in _ends(parameter)[1:]:
                 yield {**first, name: value}
 
-    def heaviest(self, weight: Callable[[TrainConfig], float]) -> dict[str, Any]:
-        """The values of the run that weighs most, of all that corners have.
+    def heaviest(self, weight: Callable[[TrainConfig], float]) -> TrainConfig:
+        """The run that weighs most, of all values that corners have.
 
         Each parameter takes what weighs most beside the values of the others, twice over: one may count only beside
         what another takes later. A combination that no run takes is passed over.
         """
-        found = {name: _ends(parameter)[0] for name, parameter in self.parameters.items()}
-        most = weight(self.run(found, name="corner"))
+        values = {name: _ends(parameter)[0] for name, parameter in self.parameters.items()}
+        found = self.run(values, name="corner")
+        most = weight(found)
         for name, value in 2 * [(name, value) for name, each in self.parameters.items() for value in _ends(each)]:
             with contextlib.suppress(ConfigError):
-                if (tried := weight(self.run({**found, name: value}, name="corner"))) > most:
-                    found, most = {**found, name: value}, tried
+                run = self.run({**values, name: value}, name="corner")
+                if (tried := weight(run)) > most:
+                    values, found, most = {**values, name: value}, run, tried
+        return found
+
+    def values_in(self, run: TrainConfig) -> dict[str, Any]:
+        """What a run of the space has for each parameter."""
+        found: dict[str, Any] = {}
+        for name in self.parameters:
+            value: Any = run.model_dump(mode="json")
+            for part in name.split("."):
+                value = value[part]
+            found[name] = value
         return found
 
     @property

@@ -19,7 +19,13 @@ SWAPS = 2_000
 """Random exchanges of two models in whole bundles, to test a change that is no sum over bundles."""
 
 
-def sign_flip_p(contributions: Floats, stream: int = 0) -> float:
+def largest_p(contributions: Sequence[Floats]) -> float:
+    """The largest of the sign-flip tests of several sums; drawn finely only where all of them are small."""
+    few = max(sign_flip_p(each, most=FEW_FLIPS) for each in contributions)
+    return few if few >= SMALL else max(map(sign_flip_p, contributions))
+
+
+def sign_flip_p(contributions: Floats, stream: int = 0, *, most: int = FLIPS) -> float:
     """Sign-flip (permutation) test of a sum, two-sided: the share of sign patterns s with |sum s_b c_b| >= |sum c_b|.
 
     Exact, over all patterns, with at most `EXACT_BUNDLES` contributions that are not 0; else over `FEW_FLIPS` random
@@ -29,6 +35,7 @@ def sign_flip_p(contributions: Floats, stream: int = 0) -> float:
     Args:
         contributions: [B], whose signs are exchangeable if nothing changed.
         stream: Names the sequence of random numbers.
+        most: Random flips, where `FEW_FLIPS` leave p below `SMALL`.
 
     Returns:
         The p-value; 1 if nothing differs.
@@ -46,7 +53,7 @@ def sign_flip_p(contributions: Floats, stream: int = 0) -> float:
     amounts, members = np.unique(np.abs(units), return_counts=True)
     generator = np.random.default_rng([SEED, stream])
     reached, done, chunk = 0, 0, max(1, AT_ONCE // len(amounts))
-    for goal in (FEW_FLIPS, FLIPS):
+    for goal in (FEW_FLIPS, most):
         while done < goal:
             number = min(chunk, goal - done)
             positive = generator.binomial(members, 0.5, (number, len(amounts)))

@@ -26,7 +26,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.stats.intervals import SAME, Floats, Grid, Term, averaged, make_grid
 from mlc_ray.stats.rates import KINDS, Interval, Judged, Outcome, language_order, outcome
 from mlc_ray.stats.seeds import interval_over_seeds
-from mlc_ray.stats.significance import holm, sign_flip_p
+from mlc_ray.stats.significance import holm, largest_p
 from mlc_ray.stats.study_languages import split_by_training, with_both
 from mlc_ray.types import Kind, Measure
 
@@ -376,7 +376,7 @@ def _test(
         second[0],
         compared,
         interval_over_seeds(by_pair, 100, *((-200, 200) if compared == "difference" else (-100, 100))),
-        1.0 if len(directions) > 1 else max(map(sign_flip_p, by_bundle)),
+        1.0 if len(directions) > 1 else largest_p(by_bundle),
         len(pairs),
     )
 

@@ -61,8 +61,9 @@ def budget_of(search: SizeSearch, folder: Place, parameters: float | None, clust
     """
     run, place, config = search.run, cell_folder(folder, search.size), search.config
     cache = artifact_cache(place / TRIALS_FOLDER)
-    tokens = prepare_token_rows(run.data, run.model, chat=run.chat, cache_dir=cache)
-    weigh = _weighing(run, of_artifact(tokens), cache)
+    weigh = _Weighing(
+        lambda trial: of_artifact(prepare_token_rows(trial.data, trial.model, chat=trial.chat, cache_dir=cache))
+    )
     asked = read_asked(config, make_objective(config.objective), rejects=local_side(place))
     answers = (len(asked.selection.table), len(asked.confirmation.table))
     model = local_model(resolve_model(run.model.path), weights=False)
@@ -86,32 +87,37 @@ def budget_on(search: SizeSearch, folder: Place, parameters: float | None, clust
     """
     run, config = search.run, search.config
     cache = artifact_cache(cell_folder(folder, search.size) / TRIALS_FOLDER)
-    weights = weights_of(run, cache)
-    weigh = _weighing(run, weights, cache)
+    weigh = _Weighing(lambda trial: weights_of(trial, cache))
     choosing, confirming = count_asked(config)
     assumed = dict.fromkeys((*choosing.assumed, *confirming.assumed))
     answers = (len(choosing) * config.scoring.asking.samples, len(confirming) * config.scoring.asking.samples)
     found = _counted(search, run.model.path, parameters, weigh, answers=answers)
     try:
         if run.cluster.plan == "check":
-            check_plan(config, search.space, gpu=cluster.gpu is not None, cluster=cluster, weights=weights)
+            check_plan(config, search.space, gpu=cluster.gpu is not None, cluster=cluster, weights=weigh(run))
         found = _with_hours(found, plan_of(search, weigh, answers, cluster))
     except PlanError as error:
         found = replace(found, fault=str(error))
-    said = (f"data {weights.said}",) if weights.said.startswith("assumed") else ()
-    return replace(found, assumed=(*found.assumed, *said, *assumed))
+    return replace(found, assumed=(*found.assumed, *weigh.assumed, *assumed))
 
 
-def _weighing(base: TrainConfig, weights: Weights, cache: Place | None) -> Weigh:
-    """What the bundles of a trial weigh: `weights` where they are those of `base`."""
-    found = {base.data.model_dump_json(): weights}
+class _Weighing:
+    """What the bundles of a trial weigh, asked once of all that have the same data."""
 
-    def weigh(run: TrainConfig) -> Weights:
-        if (key := run.data.model_dump_json()) not in found:
-            found[key] = weights_of(run, cache)
-        return found[key]
+    def __init__(self, weigh: Weigh) -> None:
+        self._weigh = weigh
+        self._found: dict[str, Weights] = {}
 
-    return weigh
+    def __call__(self, run: TrainConfig) -> Weights:
+        if (key := run.data.model_dump_json()) not in self._found:
+            self._found[key] = self._weigh(run)
+        return self._found[key]
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """What was assumed of any of them, each as a sentence."""
+        said = dict.fromkeys(weights.said for weights in self._found.values())
+        return tuple(f"data {each}" for each in said if each.startswith("assumed"))
 
 
 def _forwarded(run: TrainConfig, weights: Weights) -> float:
@@ -125,10 +131,11 @@ def _forwarded(run: TrainConfig, weights: Weights) -> float:
 def _counted(
     search: SizeSearch, model: str, parameters: float | None, weigh: Weigh, *, answers: tuple[int, int]
 ) -> SizeBudget:
-    """What is counted without a cluster, as if each trial were the one that forwards most."""
+    """What is counted without a cluster, as if each trial were the one that forwards most, with the steps of that which
+    has most of them."""
     config, space = search.config, search.space
-    run = space.run(space.heaviest(lambda run: _forwarded(run, weigh(run))), name="corner")
-    runs, steps = runs_in(config, points=search.points), steps_of(run, weigh(run))
+    run = space.heaviest(lambda run: _forwarded(run, weigh(run)))
+    runs, steps = runs_in(config, points=search.points), _most_steps(search, weigh)
     forwarded = round(_forwarded(run, weigh(run)) * runs)
     chosen, kept = scores_in(config, points=search.points, steps=steps)
     size, met = model_size(model, trust_remote_code=run.model.trust_remote_code)
@@ -136,6 +143,11 @@ def _counted(
         search.size, parameters or size, runs, steps, forwarded, 6 * met * forwarded, chosen + kept,
         chosen * answers[0] + kept * answers[1],
     )  # fmt: skip
+
+
+def _most_steps(search: SizeSearch, weigh: Weigh) -> int:
+    run = search.space.heaviest(lambda run: steps_of(run, weigh(run)))
+    return steps_of(run, weigh(run))
 
 
 def _with_hours(found: SizeBudget, plan: SearchPlan | None) -> SizeBudget:
@@ -171,11 +183,17 @@ def plan_of(search: SizeSearch, weigh: Weigh, answers: tuple[int, int], cluster:
     def planned_as(trial: TrainConfig) -> RunPlan:
         return plan_alone(trial, shape, cluster, weigh(trial))
 
-    heaviest = search.space.heaviest(lambda trial: planned_as(trial).wall_seconds)
-    planned = planned_as(search.space.run(heaviest, name="corner"))
+    longest = search.space.heaviest(lambda trial: planned_as(trial).wall_seconds if plannable(trial) else 0.0)
+    planned, steps = planned_as(longest), _most_steps(search, weigh)
     choosing, confirming = (
         plan_scoring(scoring, shape, cluster, prompts=number // scoring.asking.samples) for number in answers
     )
     return plan_search(
-        search.config, planned, points=search.points, choosing=choosing, confirming=confirming, cluster=cluster
+        search.config,
+        planned,
+        points=search.points,
+        choosing=choosing,
+        confirming=confirming,
+        cluster=cluster,
+        steps=steps,
     )

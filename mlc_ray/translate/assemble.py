@@ -16,6 +16,7 @@ from mlc_ray.translate.drafts import Draft, Own, Shard, equal, good, record, rem
 from mlc_ray.translate.quality import Counts
 from mlc_ray.types import AnswerPair, Bundle
 
+_NOT_USED = "it has no answers in this language that are used, and translate_answers=complete"
 TOO_FEW, NO_OWN, INVALID = "too few languages", "no own answer in English", "no valid bundle"
 
 
@@ -64,7 +65,7 @@ class Assembly:
                     _line(bundle.bundle_id, bundle.kind, "en", "bundle", text=bundle.prompts["en"], checks=lost)
                 )
             _mark_unused(draft, made)
-            files.rejected += self._rows(draft)
+            files.rejected += self._rows(draft, made)
         return files
 
     def _bundle(self, draft: Draft) -> Bundle | dict[str, str]:
@@ -99,11 +100,13 @@ class Assembly:
             self._earlier.add(prompt, bundle.kind, code, bundle.bundle_id)
         return made
 
-    def _rows(self, draft: Draft) -> Iterator[str]:
+    def _rows(self, draft: Draft, made: Bundle | dict[str, str]) -> Iterator[str]:
         """Rows of the texts and own answers that are not used; all are counted."""
         bundle = draft.bundle
-        for code in self._config.languages:
-            if code in bundle.prompts:
+        for code, prompt in bundle.prompts.items():
+            if isinstance(made, Bundle) and code not in made.prompts:
+                yield _line(bundle.bundle_id, bundle.kind, code, "prompt", text=prompt, checks={INCOMPLETE: _NOT_USED})
+            elif code in self._config.languages:
                 self._counts.given(code, "prompt")
         for text in draft.texts:
             identified = self._tools.identifier.reads(text.language)
@@ -155,7 +158,7 @@ def _mark_unused(draft: Draft, made: Bundle | dict[str, str]) -> None:
         if text.part != "prompt" and text.language not in translated:
             text.faults[INCOMPLETE] = "its prompt or its counterpart is not used, or its counterpart is the same"
         elif text.language not in made.prompts:
-            text.faults[INCOMPLETE] = "its answers are not used, and translate_answers=complete"
+            text.faults[INCOMPLETE] = _NOT_USED
 
 
 def _with_own(bundle: Bundle, own: Sequence[Own], settings: OnPolicySection) -> Bundle | dict[str, str]:

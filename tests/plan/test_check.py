@@ -393,6 +393,7 @@ def test_what_the_named_cluster_cannot_hold_at_all_is_said(kind, options, said, 
     assert said in capsys.readouterr().err
     assert main([*asked, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
+    found = found["search"] if kind == "search" else found
     assert not found["fits"] and said in found["refused"]
 
 
@@ -409,15 +410,20 @@ def test_an_elastic_run_is_planned_on_its_most_workers_and_asked_about_on_its_fe
     assert "cluster.workers=16, but the cluster has 8 GPUs" in capsys.readouterr().err
 
 
-def test_workers_of_an_elastic_run_on_cpus_are_asked_about_as_most_of_them_share_a_node():
+def test_workers_of_an_elastic_run_on_cpus_are_asked_about_as_most_of_them_share_a_node(monkeypatch):
     config = run(
         model={"path": "Qwen/Qwen2.5-0.5B"},
         cluster={"workers": [1, 4], "accelerator": "cpu", "max_failures": 1},
         checkpoint={"every": 5},
     )
-    with pytest.raises(PlanError, match=r"on 4 x cpu needs"):
+    monkeypatch.setattr("mlc_ray.plan.there.joined", lambda: True)
+    monkeypatch.setattr("mlc_ray.cluster.nodes_there", lambda: [Node({"CPU": 16.0})])
+    with pytest.raises(PlanError, match=r"on 4 x cpu needs") as said:
         check_run(config, gpu=False, cluster=Cluster(None, 1, 1, 24 * 2**30))
+    assert "use more workers" not in str(said.value)
     check_run(config, gpu=False, cluster=Cluster(None, 4, 1, 24 * 2**30))
+    monkeypatch.setattr("mlc_ray.cluster.nodes_there", lambda: [Node({"CPU": 2.0})])  # more than two never meet
+    check_run(config, gpu=False, cluster=Cluster(None, 1, 1, 24 * 2**30))
 
 
 def test_a_search_is_as_long_as_the_longest_trial_whatever_its_space_begins_with(tmp_path, capsys):
@@ -433,6 +439,11 @@ def test_a_search_is_as_long_as_the_longest_trial_whatever_its_space_begins_with
         found.append(json.loads(capsys.readouterr().out))
     assert found[0]["search"]["seconds"] == pytest.approx(found[1]["search"]["seconds"])
     assert found[0]["run"]["steps"] == 12
+    raw["space"] = {"engine.name": {"choice": ["deepspeed", "examples.my_engine:TorchDdp"]}}
+    raw["set"].append("engine={}")
+    file.write_text(yaml.safe_dump(raw))
+    assert main(["plan", "--for", "search", "--config", str(file), "--shape", "0.5b", "--gpus", "8"]) == 0
+    assert "nothing of trials with another engine than deepspeed" in capsys.readouterr().out
     said = "each trial takes as long as that of {'mlc.weight': 0.8, 'train.max_steps': 12}, which takes longest"
     assert all(said in each["search"]["assumed"] for each in found)
 

@@ -162,6 +162,23 @@ def test_a_calibration_counts_the_reading_of_weights_once_and_names_other_thread
     assert [each for each in said[1] if f"cpus_per_worker={other.threads}, but this run has 2" in each]
 
 
+def test_adapters_are_planned_by_what_was_measured_of_adapters():
+    """Which is said, and also where a calibration has none."""
+    whole = Rates("cpu", "bfloat16", 9e10, 0.1, 1e8, 1e9, measured="today")
+    both = replace(whole, lora_flops=1.2e11, lora_forward_seconds=0.02)
+    lora = run(model={"path": "x", "lora": {"rank": 8}})
+    plain, adapted = (plan(lora, "smollm2-135m", CPU, 1, rates) for rates in (whole, both))
+    assert plain.seconds.compute == pytest.approx(adapted.seconds.compute * 1.2e11 / 9e10)
+    assert plain.seconds.overhead == pytest.approx(5 * adapted.seconds.overhead)
+    assert [each for each in adapted.assumed if "0.12e12 useful operations a second, as calibrated (today)" in each]
+    assert [each for each in plain.assumed if "adapters take the time of all weights" in each]
+    assert not [each for each in adapted.assumed if "adapters take" in each]
+    of_all = [plan(run(), "smollm2-135m", CPU, 1, rates).seconds for rates in (whole, both)]
+    assert of_all[0] == of_all[1]
+    crowded = replace(both, crowd=2, crowded=0.5).training(lora=True).among(2)
+    assert crowded.flops == 0.6e11
+
+
 def test_a_gpu_without_a_data_sheet_is_planned_by_its_calibration(tmp_path):
     name, memory = "NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10 * 2**30
     with pytest.raises(HardwareError, match=r"part of a GPU \(MIG\).*or measure it: mlc-ray plan --calibrate"):

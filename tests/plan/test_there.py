@@ -2,10 +2,11 @@
 
 import pytest
 
+from mlc_ray import cluster
 from mlc_ray.cluster import ClusterError
 from mlc_ray.device import HostMemory, VisibleGpu
 from mlc_ray.plan.hardware import HardwareError
-from mlc_ray.plan.rates import Rates, write_calibration
+from mlc_ray.plan.rates import Rates, calibration_file, write_calibration
 from mlc_ray.plan.there import cluster_here, cluster_there, known_cluster
 
 GIB = 2**30
@@ -59,11 +60,23 @@ def test_a_gpu_of_the_cluster_that_nobody_knows_is_named_until_it_is_calibrated(
         cluster_there(gpu=True, labels={"pool": "x"})
 
 
+def test_a_damaged_file_of_calibrations_stops_nothing_that_is_only_looked_at(nodes, tmp_path, caplog):
+    nodes["there 6"] = ([VisibleGpu("NVIDIA L4", 23 * 10**9)], {})
+    calibration_file().parent.mkdir(parents=True)
+    calibration_file().write_text("[{")
+    assert known_cluster(gpu=True) is None
+    assert "memory is not planned" in caplog.text and "is damaged" in caplog.text
+
+
 def test_a_node_that_does_not_answer_is_warned_of(nodes, monkeypatch, caplog):
+    ask = cluster.ask_nodes
     nodes["there 4"] = ([VisibleGpu("NVIDIA L4", 23 * 10**9)], {})
     monkeypatch.setattr("mlc_ray.cluster.ask_nodes", lambda _, nodes: {n: ClusterError("gone") for n in nodes})
     assert known_cluster(gpu=True) is None
     assert "did not say which GPUs it has, and is not planned with (gone)" in caplog.text
+    monkeypatch.setattr("mlc_ray.cluster.ask_nodes", ask)  # it is asked again, and its GPUs are counted then alone
+    nodes["there 5"] = ([VisibleGpu("NVIDIA H200", 150 * 10**9)] * 8, {})
+    assert known_cluster(gpu=True).gpus == 9
 
 
 def test_without_a_cluster_it_is_this_machine_and_a_gpu_that_it_lacks_is_an_error(monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlc_ray.stats.intervals import RESAMPLES, Grid, Statistic, interval, make_grid, wilson
-from mlc_ray.stats.significance import EXACT_BUNDLES, FEW_FLIPS, FLIPS, holm, mcnemar_p, sign_flip_p
+from mlc_ray.stats.significance import EXACT_BUNDLES, FEW_FLIPS, FLIPS, holm, largest_p, mcnemar_p, sign_flip_p
 
 Z = NormalDist().inv_cdf(0.975)
 
@@ -305,6 +305,8 @@ def test_a_small_p_is_drawn_more_finely_so_that_thousands_of_tests_can_be_correc
     assert found == pytest.approx(2 / 2**16, abs=4 * math.sqrt(2 / 2**16 / FLIPS))
     assert found < 1 / (FEW_FLIPS + 1)
     assert holm([sign_flip_p(np.ones(40))] + [1.0] * 2105)[0] < 0.05
+    assert largest_p([np.ones(40), np.ones(16)]) == found
+    assert largest_p([np.ones(40), np.array([1.0, -1.0] * 8)]) == 1.0
 
 
 def test_sign_flips_without_a_difference_and_with_an_overwhelming_one() -> None:

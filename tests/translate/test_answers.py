@@ -451,6 +451,13 @@ def test_what_passes_and_is_not_in_a_written_bundle_says_why(tools: Tools) -> No
         assert all(json.loads(line)["prompts"].keys() == {"en"} for line in files.bundles)
         told = [json.loads(row) for row in files.rejected]
         assert [row["part"] for row in told] == ([] if written else ["bundle"]) + ["prompt", "chosen", "rejected"]
+    french = bundle(prompts={"en": RICE["en"], "fr": "Comment ?"}, chosen="So.", rejected="No.")
+    complete = parse_config(TranslateConfig, {**raw, "translate_answers": "complete", "min_languages": 0})
+    files = Assembly(complete, tools, Counts("n")).shard(Shard([Draft(french)]))
+    assert json.loads(files.bundles[0])["prompts"].keys() == {"en"}
+    (row,) = map(json.loads, files.rejected)
+    assert (row["language"], row["part"], row["text"]) == ("fr", "prompt", "Comment ?")
+    assert "has no answers in this language" in row["checks"]["incomplete answers"]
 
     own = [Own("en", NO["en"], "refused", "says so", plain="refused"), Own("es", GOOD["es"], "kept", refusal=NO["es"])]
     draft = Draft(given, texts=[Text("es", "prompt", "How?", RICE["es"])], own=own)
