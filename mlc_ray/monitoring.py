@@ -108,7 +108,7 @@ def measure(name: str, value: float | None, **labels: str) -> None:
 def _tell(name: str, value: float, labels: Mapping[str, str]) -> None:
     metric = _DECLARED[name]
     global _works
-    if not _works or not _ray_is_up():
+    if not _works or not ray_is_up():
         return
     try:
         made = _made[name] if name in _made else _made.setdefault(name, _make(metric))
@@ -119,7 +119,8 @@ def _tell(name: str, value: float, labels: Mapping[str, str]) -> None:
         logger.warning("metrics are not told to Ray any more: %s: %s", type(error).__name__, error)
 
 
-def _ray_is_up() -> bool:
+def ray_is_up() -> bool:
+    """Whether this process is in a Ray cluster; Ray is not imported for it."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 

@@ -145,7 +145,7 @@ def test_what_ray_refuses_is_warned_of_once_and_ends_nothing(
     def fails(metric: Any) -> None:
         raise RuntimeError("no agent")
 
-    monkeypatch.setattr(monitoring, "_ray_is_up", lambda: True)
+    monkeypatch.setattr(monitoring, "ray_is_up", lambda: True)
     monkeypatch.setattr(monitoring, "_works", True)
     monkeypatch.setattr(monitoring, "_made", {})
     monkeypatch.setattr(monitoring, "_make", fails)
@@ -167,7 +167,7 @@ def test_labels_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> Non
 
         set = inc
 
-    monkeypatch.setattr(monitoring, "_ray_is_up", lambda: True)
+    monkeypatch.setattr(monitoring, "ray_is_up", lambda: True)
     monkeypatch.setattr(monitoring, "_works", True)
     monkeypatch.setattr(monitoring, "_made", {name: Made() for name in NAMES})
     told_of(run="mine", rank="3")

@@ -19,19 +19,20 @@ from mlc_ray.config import (
     load_config,
 )
 from mlc_ray.errors import MlcRayError
+from mlc_ray.monitoring import ray_is_up
 from mlc_ray.plan.check import check_run
 from mlc_ray.plan.check_engines import check_beside, check_engine
 from mlc_ray.plan.cutting import steps_of
 from mlc_ray.plan.hardware import Cluster, cluster_of, with_workers
-from mlc_ray.plan.lengths import Weights, weights_of
+from mlc_ray.plan.lengths import Weighing, weights_of
 from mlc_ray.plan.nearest import Fitting, cheapest, fitting
 from mlc_ray.plan.rates import rates_of, threads_of
 from mlc_ray.plan.records import RunPlan
-from mlc_ray.plan.runs import NoRoomError, PlanError, dtype_of, plan_run, plannable
+from mlc_ray.plan.runs import NoRoomError, PlanError, check_room, dtype_of, plan_run, plannable
 from mlc_ray.plan.scores import ScorePlan, plan_scoring, plan_search
 from mlc_ray.plan.shapes import Shape, ShapeError, config_of, counted, is_quantised, shape_of
 from mlc_ray.plan.show import run_json, run_lines, score_json, score_lines, search_json, search_lines
-from mlc_ray.plan.there import cluster_here, grows, joined, most_on_cpus
+from mlc_ray.plan.there import cluster_here, grows, most_on_cpus
 from mlc_ray.score.counted_prompts import Prompts, prompts_of
 
 _CLUSTER = ("gpus", "gpu", "gpus_per_node", "node_memory")
@@ -131,18 +132,12 @@ class _Runs:
     """Plans of runs of one model on one cluster."""
 
     def __init__(self, arguments: argparse.Namespace, base: TrainConfig, cluster: Cluster, *, workers: int) -> None:
-        self.shape = _shape(arguments, base.model.path, trust_remote_code=base.model.trust_remote_code)
-        self.cluster, self.workers = with_workers(cluster, workers), workers
-        self._weights: dict[str, Weights] = {}
-
-    def weights(self, config: TrainConfig) -> Weights:
-        """What the bundles of a run weigh."""
         from mlc_ray.runs import artifact_cache
         from mlc_ray.storage import Place
 
-        if (key := config.data.model_dump_json()) not in self._weights:
-            self._weights[key] = weights_of(config, artifact_cache(Place(config.output_dir)))
-        return self._weights[key]
+        self.shape = _shape(arguments, base.model.path, trust_remote_code=base.model.trust_remote_code)
+        self.cluster, self.workers = with_workers(cluster, workers), workers
+        self.weights = Weighing(lambda run: weights_of(run, artifact_cache(Place(run.output_dir))))
 
     def plan(self, config: TrainConfig) -> RunPlan:
         """The plan of a run."""
@@ -164,11 +159,8 @@ def _train(arguments: argparse.Namespace) -> tuple[Sequence[str], Any]:
     cluster = _run_on(arguments, section)
     # All GPUs that are named; of a cluster that is there, as many as the run takes.
     workers = arguments.gpus or (section.most_workers if cluster.gpu is not None else most_on_cpus(section))
-    if arguments.gpus is None and cluster.gpu is not None and not (joined() and grows()):
-        if section.least_workers > cluster.gpus:
-            raise NoRoomError(
-                f"cluster.workers={section.workers}, but the cluster has {cluster.gpus} GPUs; lower it, or take more"
-            )
+    if arguments.gpus is None and cluster.gpu is not None and not (ray_is_up() and grows()):
+        check_room(section, cluster, workers=section.least_workers)
         workers = min(workers, cluster.gpus)
     runs = _Runs(arguments, config, cluster, workers=workers)
     plan = runs.plan(config)
@@ -200,7 +192,7 @@ def _score(arguments: argparse.Namespace) -> tuple[Sequence[str], Any]:
 
 def _to_check(arguments: argparse.Namespace, cluster: Cluster) -> Cluster | None:
     """What checks look at; None where that is a cluster that was joined, which they ask as the command itself does."""
-    return cluster if arguments.gpus is not None or not joined() else None
+    return cluster if arguments.gpus is not None or not ray_is_up() else None
 
 
 def _refused(check: Callable[[], None]) -> str | None:

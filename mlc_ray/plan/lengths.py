@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
@@ -58,6 +58,36 @@ class Weights:
     def take(self, rows: Sequence[int] | Ints) -> Lengths:
         """Those of some rows, which are repeated where there are not enough."""
         return self.lengths.take(np.asarray(rows) % len(self.lengths.prompts))
+
+
+Weigh: TypeAlias = Callable[[TrainConfig], Weights]
+"""What the bundles of a run weigh."""
+
+
+class Weighing:
+    """A `Weigh` that is asked once of all runs whose bundles are tokenised in the same way."""
+
+    def __init__(self, weigh: Weigh) -> None:
+        self._weigh = weigh
+        self._found: dict[str, Weights] = {}
+
+    def __call__(self, run: TrainConfig) -> Weights:
+        """What those of a run weigh."""
+        if (key := same_tokens(run)) not in self._found:
+            self._found[key] = self._weigh(run)
+        return self._found[key]
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """What was assumed of any of them, each as a sentence."""
+        said = dict.fromkeys(weights.said for weights in self._found.values())
+        return tuple(f"data {each}" for each in said if each.startswith("assumed"))
+
+
+def same_tokens(run: TrainConfig) -> str:
+    """The same for all runs whose bundles are tokenised in the same way."""
+    model = {"path": run.model.path, "trust_remote_code": run.model.trust_remote_code}
+    return json.dumps([run.data.model_dump(mode="json"), model, run.chat.model_dump(mode="json")])
 
 
 def weights_of(config: TrainConfig, cache: Place | None) -> Weights:

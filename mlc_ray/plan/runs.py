@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mlc_ray.config import TrainConfig
+from mlc_ray.config import ClusterSection, TrainConfig
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.activations import Row
@@ -130,6 +130,18 @@ def plan_run(
     )  # fmt: skip
 
 
+def check_room(section: ClusterSection, cluster: Cluster, *, workers: int) -> None:
+    """Refuse a run for which a cluster has too few GPUs.
+
+    Raises:
+        NoRoomError: It has fewer than `workers`.
+    """
+    if cluster.gpu is not None and workers > cluster.gpus:
+        raise NoRoomError(
+            f"cluster.workers={section.workers}, but the cluster has {cluster.gpus} GPUs; lower it, or take more"
+        )
+
+
 def plan_alone(config: TrainConfig, shape: Shape, cluster: Cluster, weights: Weights) -> RunPlan:
     """What a run needs on a cluster that it has alone, with as many workers as its settings say.
 
@@ -138,8 +150,7 @@ def plan_alone(config: TrainConfig, shape: Shape, cluster: Cluster, weights: Wei
         NoRoomError: The cluster has fewer GPUs than it has workers.
     """
     workers, dtype = config.cluster.most_workers, dtype_of(config.model.dtype, cluster)
-    if cluster.gpu is not None and workers > cluster.gpus:
-        raise NoRoomError(f"cluster.workers={workers}, but the cluster has {cluster.gpus} GPUs; lower it, or take more")
+    check_room(config.cluster, cluster, workers=workers)
     rates = rates_of(cluster.gpu, dtype, threads=threads_of(config))
     return plan_run(config, shape, with_workers(cluster, workers), weights, rates, dtype=dtype, workers=workers)
 

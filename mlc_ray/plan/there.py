@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from mlc_ray.capacity import NO_LABELS, Labels, Need
 from mlc_ray.config import ClusterSection, EngineSection
 from mlc_ray.device import VisibleGpu, host_memory, visible_gpus
+from mlc_ray.monitoring import ray_is_up
 from mlc_ray.plan.hardware import Cluster, Gpu, HardwareError, this_machine
 from mlc_ray.plan.rates import PlanCalibrationError, gpu_here, read_calibrations
 
@@ -102,17 +102,11 @@ def most_on_cpus(section: ClusterSection) -> int:
 
     if section.least_workers == section.most_workers:
         return section.least_workers
-    if joined():
+    if ray_is_up():
         room = how_many_fit(Need(section.cpus_per_worker, 0.0, section.label_selector))
     else:
         room = int(len(os.sched_getaffinity(0)) / section.cpus_per_worker)
     return min(section.most_workers, max(section.least_workers, room))
-
-
-def joined() -> bool:
-    """Whether this process is in a Ray cluster."""
-    ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
 
 
 def grows() -> bool:

@@ -40,11 +40,8 @@ def prompts_of(benchmarks: Sequence[SourceSection], scoring: ScoringSection, lim
     cells, assumed = Counter[tuple[Kind, str]](), list[str]()
     for source in benchmarks:
         if not is_here(source):
-            name, codes, size = _published(source)
+            name, languages, size = _published(source, scoring.languages)
             number = min(size, limit or size)
-            languages = [code for code in codes if code in (scoring.languages or codes)]
-            if name == _SOME:  # nobody knows which languages it has
-                languages = list(scoring.languages or codes)
             cells.update({(source.kind or "harmful", code): number for code in languages})
             assumed.append(
                 f"{source.path} is not here: {number} bundles in {len(languages)} languages, as published of {name}"
@@ -61,12 +58,10 @@ def prompts_of(benchmarks: Sequence[SourceSection], scoring: ScoringSection, lim
     return Prompts(cells, tuple(assumed))
 
 
-_SOME = "one test set"
-
-
-def _published(source: SourceSection) -> tuple[str, Sequence[str], int]:
-    """The benchmark that is published in a source's format, its languages, and how many bundles it has in each."""
+def _published(source: SourceSection, asked: Sequence[str] | None) -> tuple[str, Sequence[str], int]:
+    """The benchmark that is published in a source's format, those of its languages that are asked, and how many bundles
+    it has in each; of another one all that are asked, since nobody knows which it has."""
     found = None if source.format == "auto" else getattr(resolve("format", source.format), "published", None)
     if found is None or found.bundles is None:
-        return _SOME, LANGUAGES, BUNDLES
-    return found.name, sorted(found.languages), found.bundles
+        return "one test set", asked or LANGUAGES, BUNDLES
+    return found.name, [code for code in sorted(found.languages) if code in (asked or found.languages)], found.bundles

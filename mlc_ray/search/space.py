@@ -102,6 +102,8 @@ class Space:
         found = self.run(values, name="corner")
         most = weight(found)
         for name, value in 2 * [(name, value) for name, each in self.parameters.items() for value in _ends(each)]:
+            if values[name] == value:
+                continue
             with contextlib.suppress(ConfigError):
                 run = self.run({**values, name: value}, name="corner")
                 if (tried := weight(run)) > most:
@@ -111,8 +113,9 @@ class Space:
     def values_in(self, run: TrainConfig) -> dict[str, Any]:
         """What a run of the space has for each parameter."""
         found: dict[str, Any] = {}
+        dumped = run.model_dump(mode="json")
         for name in self.parameters:
-            value: Any = run.model_dump(mode="json")
+            value: Any = dumped
             for part in name.split("."):
                 value = value[part]
             found[name] = value

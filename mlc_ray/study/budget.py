@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,7 +13,7 @@ from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.cutting import steps_of
 from mlc_ray.plan.hardware import Cluster
-from mlc_ray.plan.lengths import Weights, of_artifact, weights_of
+from mlc_ray.plan.lengths import Weigh, Weighing, Weights, of_artifact, weights_of
 from mlc_ray.plan.records import RunPlan
 from mlc_ray.plan.runs import PlanError, plan_alone, plannable
 from mlc_ray.plan.scores import SearchPlan, plan_scoring, plan_search, runs_in, scores_in
@@ -29,8 +28,6 @@ from mlc_ray.study.searches import SizeSearch, cell_folder
 from mlc_ray.train.experts import is_expert, share_met
 
 logger = logging.getLogger(__name__)
-
-Weigh = Callable[[TrainConfig], Weights]
 
 
 def model_size(path: str, *, trust_remote_code: bool) -> tuple[int, float]:
@@ -61,7 +58,7 @@ def budget_of(search: SizeSearch, folder: Place, parameters: float | None, clust
     """
     run, place, config = search.run, cell_folder(folder, search.size), search.config
     cache = artifact_cache(place / TRIALS_FOLDER)
-    weigh = _Weighing(
+    weigh = Weighing(
         lambda trial: of_artifact(prepare_token_rows(trial.data, trial.model, chat=trial.chat, cache_dir=cache))
     )
     asked = read_asked(config, make_objective(config.objective), rejects=local_side(place))
@@ -87,7 +84,7 @@ def budget_on(search: SizeSearch, folder: Place, parameters: float | None, clust
     """
     run, config = search.run, search.config
     cache = artifact_cache(cell_folder(folder, search.size) / TRIALS_FOLDER)
-    weigh = _Weighing(lambda trial: weights_of(trial, cache))
+    weigh = Weighing(lambda trial: weights_of(trial, cache))
     choosing, confirming = count_asked(config)
     assumed = dict.fromkeys((*choosing.assumed, *confirming.assumed))
     answers = (len(choosing) * config.scoring.asking.samples, len(confirming) * config.scoring.asking.samples)
@@ -99,25 +96,6 @@ def budget_on(search: SizeSearch, folder: Place, parameters: float | None, clust
     except PlanError as error:
         found = replace(found, fault=str(error))
     return replace(found, assumed=(*found.assumed, *weigh.assumed, *assumed))
-
-
-class _Weighing:
-    """What the bundles of a trial weigh, asked once of all that have the same data."""
-
-    def __init__(self, weigh: Weigh) -> None:
-        self._weigh = weigh
-        self._found: dict[str, Weights] = {}
-
-    def __call__(self, run: TrainConfig) -> Weights:
-        if (key := run.data.model_dump_json()) not in self._found:
-            self._found[key] = self._weigh(run)
-        return self._found[key]
-
-    @property
-    def assumed(self) -> tuple[str, ...]:
-        """What was assumed of any of them, each as a sentence."""
-        said = dict.fromkeys(weights.said for weights in self._found.values())
-        return tuple(f"data {each}" for each in said if each.startswith("assumed"))
 
 
 def _forwarded(run: TrainConfig, weights: Weights) -> float:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -14,7 +13,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.check import broken, said
 from mlc_ray.plan.check_engines import check_engine
 from mlc_ray.plan.hardware import Cluster
-from mlc_ray.plan.lengths import PROMPT, Weights, weights_of
+from mlc_ray.plan.lengths import PROMPT, Weigh, Weighing, weights_of
 from mlc_ray.plan.records import RunPlan
 from mlc_ray.plan.runs import PlanError, plan_alone, plannable
 from mlc_ray.plan.scores import plan_scoring
@@ -27,8 +26,6 @@ from mlc_ray.study.budget_tables import MethodBudget, ScoringBudget, StudyBudget
 from mlc_ray.study.cells import Cell, make_cells, scoring_of
 
 logger = logging.getLogger(__name__)
-
-Weigh = Callable[[TrainConfig], Weights]
 
 
 def study_budget(config: StudyConfig, cluster: Cluster | None = None) -> StudyBudget:
@@ -44,23 +41,12 @@ def study_budget(config: StudyConfig, cluster: Cluster | None = None) -> StudyBu
     cells = make_cells(config)
     scoring = scoring_of(config, cells)
     cached = artifact_cache(output_place(config.output_dir) / config.name / CELLS_FOLDER)
-    made: dict[str, Weights] = {}
-
-    def weigh(run: TrainConfig) -> Weights:
-        if (key := same_tokens(run)) not in made:
-            made[key] = weights_of(run, cached)
-        return made[key]
-
+    weigh = Weighing(lambda run: weights_of(run, cached))
     asked = prompts_of(scoring.benchmarks, scoring, scoring.limit)
     section = cells[0].config.cluster
     if cluster is None:
         cluster = cluster_here(section.address, accelerator=section.accelerator, labels=section.label_selector)
     return budget_of_cells(cells, scoring, asked, weigh, cluster, keep_models=config.keep_models)
-
-
-def same_tokens(run: TrainConfig) -> str:
-    """The same for all runs whose bundles are tokenised in the same way."""
-    return json.dumps([each.model_dump(mode="json") for each in (run.data, run.model, run.chat)])
 
 
 def state_budget(

@@ -26,7 +26,7 @@ from mlc_ray.lease import lease
 from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
-from mlc_ray.plan.lengths import of_artifact
+from mlc_ray.plan.lengths import of_artifact, same_tokens
 from mlc_ray.plan.there import known_cluster
 from mlc_ray.report.study import StudyResult
 from mlc_ray.runs import (
@@ -49,7 +49,7 @@ from mlc_ray.score.request import Request
 from mlc_ray.score.results import load_scores
 from mlc_ray.score.scorer import ScorerDiedError, WarmScorer, start_scorer, write_warm_score
 from mlc_ray.storage import Place, fingerprint_model, local_side, user_cache
-from mlc_ray.study.cell_budget import same_tokens, state_budget
+from mlc_ray.study.cell_budget import state_budget
 from mlc_ray.study.cells import Cell, Commits, make_cells, scoring_of
 from mlc_ray.study.failing import failing
 from mlc_ray.study.folder import Plan, StudyError, check_goes_on, load_plan

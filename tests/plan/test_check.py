@@ -219,7 +219,7 @@ def test_engines_that_a_plan_shows_are_those_that_a_command_refuses(monkeypatch,
     """On a CPU: all engines of a node share it, and in a search also the trials; the sentence is the refusal's."""
 
     def plan(kind, file, shape, *settings, memory=24):
-        monkeypatch.setattr("mlc_ray.cli.plan.joined", lambda: False)
+        monkeypatch.setattr("mlc_ray.cli.plan.ray_is_up", lambda: False)
         monkeypatch.setattr("mlc_ray.cli.plan.cluster_here", lambda *_, **__: Cluster(None, 1, 1, memory * 2**30))
         asked = ["plan", "--for", kind, "--config", file, "--shape", shape, "--json"]
         status = main([*asked, *(part for each in settings for part in ("--set", each))])
@@ -416,7 +416,7 @@ def test_workers_of_an_elastic_run_on_cpus_are_asked_about_as_most_of_them_share
         cluster={"workers": [1, 4], "accelerator": "cpu", "max_failures": 1},
         checkpoint={"every": 5},
     )
-    monkeypatch.setattr("mlc_ray.plan.there.joined", lambda: True)
+    monkeypatch.setattr("mlc_ray.plan.there.ray_is_up", lambda: True)
     monkeypatch.setattr("mlc_ray.cluster.nodes_there", lambda: [Node({"CPU": 16.0})])
     with pytest.raises(PlanError, match=r"on 4 x cpu needs") as said:
         check_run(config, gpu=False, cluster=Cluster(None, 1, 1, 24 * 2**30))
