@@ -97,13 +97,14 @@ def _train(point: Mapping[str, Any], model: str, folder: str) -> dict[str, Any]:
     from transformers.models.llama import modeling_llama  # noqa: F401
     from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
+    from mlc_ray.config import resolve_layer
     from mlc_ray.data.store import TokenArtifact
     from mlc_ray.data.stream import plans, stream_steps
     from mlc_ray.losses.objective import Objective
     from mlc_ray.plan.cutting import cutting_of, order_of
     from mlc_ray.train.engines.deepspeed import DeepSpeed
     from mlc_ray.train.loop import Progress, train_loop
-    from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
+    from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy
     from mlc_ray.train.reference import cached_reference
     from mlc_ray.types import ReferenceRows
 

@@ -30,11 +30,11 @@ from techniques import WITHOUT, Given, batch_of, our_step, ours
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mlc_ray.config import ModelSection
+from mlc_ray.config import ModelSection, resolve_layer
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.storage import user_cache
 from mlc_ray.train.forward import n_layers
-from mlc_ray.train.model import PolicyWithExtractor, load_policy, resolve_layer
+from mlc_ray.train.model import PolicyWithExtractor, load_policy
 from mlc_ray.types import ReferenceRows, TokenRow, move
 
 # Largest relative difference allowed. In bfloat16 the two steps round at different places, and the gradient of DPO is

@@ -25,14 +25,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from step_data import batch_of, sample_rows
 
-from mlc_ray.config import TrainConfig, parse_config
+from mlc_ray.config import TrainConfig, parse_config, resolve_layer
 from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.storage import Place, scratch_folder, user_cache
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress
-from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_parameters, load_policy, resolve_layer
+from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_parameters, load_policy
 from mlc_ray.train.saving import CheckpointSaver
 from mlc_ray.train.worker import engine_class
 

@@ -293,7 +293,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_cluster(plan)
     plan.add_argument(
-        "--shape", metavar="MODEL", help="instead of the settings' model: 72b, a config.json, a folder or a hub name"
+        "--shape",
+        metavar="MODEL",
+        type=_named,
+        help="instead of the settings' model: 72b, a config.json, a folder or a hub name",
     )
     plan.add_argument(
         "--simulate", metavar="FILE", type=_config_file,
@@ -356,6 +359,12 @@ def _place(text: str) -> Place:
         return Place(stored_path(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _named(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; name a model, or leave the option out")
+    return text
 
 
 def _positive_int(text: str) -> int:

@@ -124,14 +124,15 @@ def scale_command(arguments: argparse.Namespace) -> None:
     if arguments.budget:
         from mlc_ray.cli.plan import DoesNotFitError, named_cluster
         from mlc_ray.report.console import show
-        from mlc_ray.report.scale import budget_table
+        from mlc_ray.report.scale import budget_notes, budget_table
         from mlc_ray.report.tables import console
 
         budget = scale_budget(config, named_cluster(arguments))
         if arguments.json:
             print(json.dumps([asdict(each) for each in budget], indent=2))
         else:
-            show(console(budget_table(budget)))
+            show(console(budget_table(budget, notes=False)))
+            print("\n".join(budget_notes(budget)))
         if any(each.fault for each in budget):
             raise DoesNotFitError("it does not fit; what lacks is in the budget that was printed")
         return

@@ -31,7 +31,14 @@ from mlc_ray.config.chat import PLAIN_CHAT, ChatSection
 from mlc_ray.config.data import DataSection, SourceSection
 from mlc_ray.config.logs import LoggedSection, LogSection
 from mlc_ray.config.model import LoraSection, ModelSection
-from mlc_ray.config.objective import AnswerSettings, LossSettings, ObjectiveConfig, TapSection, TermSettings
+from mlc_ray.config.objective import (
+    AnswerSettings,
+    LossSettings,
+    ObjectiveConfig,
+    TapSection,
+    TermSettings,
+    resolve_layer,
+)
 from mlc_ray.config.openings import OpeningsSection
 from mlc_ray.config.scale import ScaleConfig, SizeSection
 from mlc_ray.config.score import (
@@ -133,4 +140,5 @@ __all__ = [
     "parse_yaml",
     "read_config_file",
     "refuse_credentials",
+    "resolve_layer",
 ]

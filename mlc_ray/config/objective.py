@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mlc_ray._registry import resolve
 from mlc_ray.config.base import (
+    ConfigError,
     Fraction,
     PositiveInt,
     Section,
@@ -116,6 +117,20 @@ class TapSection(TermSettings):
                 "1, both excluded (0.5); or last"
             )
         return value
+
+
+def resolve_layer(layer: int | float | str, depth: int) -> int:
+    """`mlc.layer` (an index, a fraction of the depth, or "last") as an index 0..N.
+
+    Raises:
+        ConfigError: It is out of range.
+    """
+    index = depth if layer == "last" else round(layer * depth) if isinstance(layer, float) else int(layer)
+    if not 0 <= index <= depth:
+        raise ConfigError(
+            f"mlc.layer={layer!r} is outside 0..{depth}, the layers this model has; use 'last' for {depth}"
+        )
+    return index
 
 
 class ObjectiveConfig(Section):

@@ -9,11 +9,15 @@ from mlc_ray.judges.panel import Reader
 from mlc_ray.plan.engines import EnginePlan, Engines, plan_engine, readers_of, room_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import least
+from mlc_ray.plan.memory import RAY
 from mlc_ray.plan.rates import rates_of, threads_of
 from mlc_ray.plan.records import GIB
 from mlc_ray.plan.runs import PlanError, dtype_of, plan_run, plannable
 from mlc_ray.plan.shapes import Shape, known_shape
 from mlc_ray.plan.there import engines_there, grows, known_cluster
+
+TRIAL = 2**29
+"""Measured: what Ray Tune has for a trial beside its run."""
 
 
 def check_engine(
@@ -102,7 +106,7 @@ def _check_a_node(shape: Shape, engines: Engines, plan: EnginePlan, cluster: Clu
         f"{'an engine' if number == 1 else f'{number} engines on a node'} for {shape.name} need"
         f"{'s' if number == 1 else ''} {number * plan.bytes / GIB:.1f} GiB, of which weights "
         f"{number * plan.weights / GIB:.1f}, but {'this machine' if nodes == 1 else 'a node'} has "
-        f"{plan.limit / GIB:.1f}; {fix}"
+        f"{plan.limit / GIB:.1f} for them; {fix}"
     )
 
 
@@ -128,12 +132,12 @@ def check_beside(
     """
     run, given = runs[0], cluster
     cluster = known_cluster(gpu=False, labels=run.cluster.label_selector) if given is None else given
-    if cluster is None or cluster.node_memory is None or not plannable(run) or (given is None and grows()):
+    if cluster is None or cluster.node_room is None or not plannable(run) or (given is None and grows()):
         return False
     shape = known_shape(run.model.path, trust_remote_code=run.model.trust_remote_code)
     if shape is None:
         return False
-    there = cluster.nodes * cluster.node_memory
+    there = cluster.nodes * (cluster.node_room - RAY)
     parts = [(shape, Engines("", run.model.path, scoring.engine))]
     parts += [(found, each) for each in readers_of(scoring.judge) if (found := each.shape()) is not None]
     engines = sum(_held(found, each, run, cluster) for found, each in parts)
@@ -144,7 +148,7 @@ def check_beside(
     fix = f"the nearest that fits: concurrency={room}" if room else "use nodes with more memory, or a smaller model"
     raise PlanError(
         f"concurrency={at_once} trials of {shape.name} need {at_once * trial / GIB:.1f} GiB, and the engines beside "
-        f"them {engines / GIB:.1f}, but all nodes together have {there / GIB:.1f}; {fix}"
+        f"them {engines / GIB:.1f}, but all nodes together have {there / GIB:.1f} for them; {fix}"
     )
 
 
@@ -157,9 +161,10 @@ def _held(shape: Shape, engines: Engines, run: TrainConfig, cluster: Cluster) ->
 
 
 def _needed(run: TrainConfig, shape: Shape, cluster: Cluster) -> int:
-    """Bytes of all workers of a trial with next to no data; without the copy of a checkpoint that `auto` leaves out."""
+    """Bytes of a trial with next to no data, beside Ray; without the copy of a checkpoint that `auto` leaves out."""
     dtype, workers = dtype_of(run.model.dtype, cluster), run.cluster.least_workers
     alone = Cluster(None, workers, workers, cluster.node_memory)
     rates = rates_of(None, dtype, threads=threads_of(run))
     node = plan_run(run, shape, alone, least(), rates, dtype=dtype, workers=workers).memory.node
-    return sum(part.bytes for part in node if part.name != "checkpoint copy" or run.checkpoint.background is True)
+    left_out = {"Ray"} if run.checkpoint.background is True else {"Ray", "checkpoint copy"}
+    return TRIAL + sum(part.bytes for part in node if part.name not in left_out)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import EngineSection, JudgeSettings
 from mlc_ray.errors import MlcRayError
 from mlc_ray.judges.panel import PanelJudge, Reader
 from mlc_ray.plan.hardware import Cluster
+from mlc_ray.plan.memory import RAY
 from mlc_ray.plan.records import GIB
 from mlc_ray.plan.runs import NoRoomError, PlanError, dtype_of
 from mlc_ray.plan.shapes import Shape, known_shape
@@ -19,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 WORKSPACE = 2 * GIB
 """Assumed: what vLLM takes of a GPU beside weights and cache, with its captured graphs."""
+
+ENGINE = GIB
+"""Of an engine on a CPU beside its cache and weights, which it has twice, once packed for its kernels. Measured with
+vLLM 0.32 and a cache of 1 GiB: 2.5 GiB of SmolLM2-135M (weights 0.25), 4.3 of Qwen2.5-Coder-0.5B (1.17)."""
 
 SEQUENCES = 256
 """vLLM's own `max_num_seqs`."""
@@ -52,13 +58,18 @@ class Engines:
     def shape(self) -> Shape | None:
         """The model's shape; None where that, or how much of it an engine holds, is not known."""
         if unknown := [name for name in _UNKNOWN if name in self.engine.options]:
-            logger.info("memory is not planned: what %sengine.options.%s leaves is not known", self.where, unknown[0])
+            _say(f"memory is not planned: what {self.where}engine.options.{unknown[0]} leaves is not known")
             return None
         try:
             return known_shape(self.model, trust_remote_code=self.engine.trust_remote_code)
         except MlcRayError as error:  # an adapter has no config of its own; a hub may not answer
-            logger.info("memory is not planned: %s", error)
+            _say(f"memory is not planned: {error}")
             return None
+
+
+@cache  # asked for every corner of a search
+def _say(what: str) -> None:
+    logger.info("%s", what)
 
 
 def readers_of(judge: JudgeSettings, readers: Sequence[Reader] | None = None) -> list[Engines]:
@@ -98,7 +109,8 @@ class EnginePlan:
     Attributes:
         weights: bytes of them on each GPU.
         token: bytes of a token's keys and values on each GPU.
-        bytes: what the engine needs at least: weights, workspace, and the cache of one longest sequence.
+        bytes: what the engine needs at least: weights, workspace, and the cache of one longest sequence; on a CPU
+            weights twice, the whole cache, and its process.
         limit: what it may have.
         cached: tokens that its cache holds.
         at_once: sequences of the longest kind that are answered at once.
@@ -157,8 +169,8 @@ def plan_engine(shape: Shape, engine: EngineSection, cluster: Cluster, *, where:
     token = 2 * shape.layers * size * shape.head_size * max(1, shape.key_heads // parallel)
     if cluster.gpu is None:
         cache, work = engine.cpu_kv_cache_gib * GIB, 0
-        limit = cluster.node_memory or 2**62
-        needed = weights + cache
+        limit = 2**62 if cluster.node_room is None else max(0, cluster.node_room - RAY)
+        needed = 2 * weights + cache + ENGINE
     else:
         limit, work = int(engine.gpu_memory_utilization * cluster.gpu.memory), WORKSPACE
         cache = max(0, limit - weights - work)

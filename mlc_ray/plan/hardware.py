@@ -53,6 +53,9 @@ def has_sheet(gpu: Gpu) -> bool:
 PCIE = 32e9
 """Bytes a second between GPUs that are not in the table, assumed: sixteen lanes of PCIe 4."""
 
+RAY_KILLS = 0.95
+"""Share of a node's memory in use above which Ray kills workers: its default of `RAY_memory_usage_threshold`."""
+
 NETWORK = 50e9
 """Bytes a second and GPU between nodes, assumed: one 400 Gb/s adapter for each GPU."""
 
@@ -102,6 +105,11 @@ class Cluster:
     per_node: int
     node_memory: int | None
     network: float = NETWORK
+
+    @property
+    def node_room(self) -> int | None:
+        """Bytes of a node's memory that may be in use before Ray kills workers; None where that is not known."""
+        return None if self.node_memory is None else int(RAY_KILLS * self.node_memory)
 
     @property
     def nodes(self) -> int:

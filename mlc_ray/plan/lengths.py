@@ -255,7 +255,8 @@ def of_rows(rows: Sequence[TokenRow]) -> Weights:
 class Cut:
     """What a run's steps are like, from some of them: means over all, and the largest forward of each kind of step.
 
-    Among these kinds is always the widest, with all terms.
+    Among these kinds is always the widest, with all terms. `busy` workers have bundles; of more than a step has bundles
+    the others forward one at weight 0, which is not counted.
     """
 
     tokens: float
@@ -263,6 +264,7 @@ class Cut:
     largest: tuple[Row, ...]
     mean: Row
     taps: float
+    busy: int
 
 
 def cut(
@@ -275,11 +277,10 @@ def cut(
 ) -> Cut:
     """Cut some batches as a run would; without `branches`, openings that terms on decisions read are left out."""
     decides = config.model_dump_json(include={"objective", "mlc", "terms", "train", "seed"})
-    key = f"{tokens_per_forward} {workers} {branches and branches.tokens} {decides}"
+    busy = min(workers, config.train.batch_bundles)
+    key = f"{tokens_per_forward} {busy} {branches and branches.tokens} {decides}"
     if key not in weights.cuts:
-        cutting = cutting_of(
-            config, weights, tokens_per_forward=tokens_per_forward, world_size=workers, branches=branches
-        )
+        cutting = cutting_of(config, weights, tokens_per_forward=tokens_per_forward, world_size=busy, branches=branches)
         weights.cuts[key] = _cut(config, weights, cutting)
     return weights.cuts[key]
 
@@ -320,6 +321,7 @@ def _cut(config: TrainConfig, weights: Weights, cutting: Cutting) -> Cut:
         tuple(max(kind.rows, key=lambda row: (row.tokens, row.head)) for kind in kinds),
         Row(*(round(each / of_all_workers) for each in sums)),
         sum(share for (taps, _), share in shares.items() if taps),
+        cutting.world_size,
     )
 
 

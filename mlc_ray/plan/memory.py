@@ -40,6 +40,10 @@ CUDA_CONTEXT = 3 * 2**29
 PROCESS = {"cpu": 3 * 2**28, "gpu": 2 * 2**30}
 """A worker with all it imports: 0.7 GB measured on a CPU; with CUDA's libraries assumed."""
 
+RAY, RAY_TRAIN = round(1.6 * 2**30), round(0.8 * 2**30)
+"""Measured with Ray 2.60 on a machine of its own: Ray's processes on a head with the command that started it (0.9 and
+0.7 GiB); and what Ray Train has for a run beside its workers, a controller of 0.3 GiB and four actors of 0.12."""
+
 HEAP_TENSOR = 32 * 2**20
 """glibc gives the memory of larger tensors back when they are freed (`DEFAULT_MMAP_THRESHOLD_MAX`), and keeps that of
 smaller ones."""
@@ -265,7 +269,9 @@ def peak(
         base.append(Part("gaps", round(grown * plainly), f"{grown:.2f} of a forward that keeps all, as measured"))
     stays = held.device == "gpu" or held.stage == 3  # the bucket, also while nothing is reduced
     left = [] if held.device == "gpu" else [_left_on_the_heap(shape, row, acts, held.size)]
-    copied = 4 * held.trained // held.workers if held.stage in (1, 3) else 0
+    # Of stage 1 first in the gradients' type, then in float32, while the gradients are there (`flatten`, `to`).
+    flat = {1: 4 + held.size if held.size < 4 else 4, 3: 4}.get(held.stage, 0)
+    copied = flat * held.trained // held.workers
     phases = [
         [*base, *([grads] if forwards > 1 or held.stage == 3 else []), *([collected] if stays else []), *acts],
         [*base, grads, collected, reduced, *left],
@@ -273,7 +279,7 @@ def peak(
             *base,
             grads,
             *([collected] if held.stage == 3 else []),
-            Part("AdamW's copy", copied, "flat gradients"),
+            Part("AdamW's copy", copied, f"{flat} B x {held.trained:,} / {held.workers}, flat gradients"),
             *left,
         ],
     ]
@@ -297,14 +303,28 @@ def _left_on_the_heap(shape: Shape, row: Row, acts: list[Part], size: int) -> Pa
     )  # fmt: skip
 
 
-def node_parts(config: TrainConfig, held: Holding, *, per_node: int, memory: int | None) -> tuple[Part, ...]:
-    """What the workers of a node hold in its memory, of `memory` bytes.
+def node_parts(
+    config: TrainConfig, held: Holding, *, per_node: int, memory: int | None, workers: int = 0
+) -> tuple[Part, ...]:
+    """What a run holds in the memory of a node, which has `memory` bytes.
 
-    The copy of a checkpoint is there if it is asked for, or by `auto` where half of the memory holds it.
+    Each node is taken for the one on which the command and its controller run. The copy of a checkpoint is there if it
+    is asked for, or by `auto` where half of what is free holds it.
+
+    Args:
+        config: the run's settings.
+        held: what its workers hold.
+        per_node: workers of the node.
+        memory: bytes that it has; None where that is not known.
+        workers: bytes that all of these hold, of workers on CPUs.
     """
     share = per_node / held.workers
     each = PROCESS[held.device]
-    parts = [Part("processes", per_node * each, f"{each / 2**30:.2f} GiB x {per_node} workers")]
+    parts = [
+        Part("Ray", RAY, "its processes, and the command"),
+        Part("Ray Train", RAY_TRAIN, "a run's controller and actors"),
+        Part("processes", per_node * each, f"{each / 2**30:.2f} GiB x {per_node} workers"),
+    ]
     if held.offload_optimizer:
         state = round((16 + held.size) * held.trained * share)
         formula = f"{16 + held.size} B x {held.trained:,} x {per_node}/{held.workers}"
@@ -312,12 +332,15 @@ def node_parts(config: TrainConfig, held: Holding, *, per_node: int, memory: int
     if held.offload_parameters:
         weights = round(held.size * held.whole * share)
         parts.append(Part("offloaded weights", weights, f"{held.size} B x {held.whole:,} x {per_node}/{held.workers}"))
-    copy, asked = round(12 * held.trained * share), config.checkpoint.background
-    if asked is True or (asked == "auto" and (memory is None or copy <= memory / 2)):
-        parts.append(Part("checkpoint copy", copy, f"12 B x {held.trained:,} x {per_node}/{held.workers}"))
     if held.device == "gpu" and held.stage != 3 and held.size == 4:  # files in bfloat16 are mapped, and shared
         loading = per_node * held.size * held.whole
         parts.append(Part("loading", loading, f"{held.size} B x {held.whole:,} x {per_node} workers, at the start"))
+    if workers:
+        parts.append(Part("workers", workers, f"{per_node} workers, as above"))
+    copy, asked = round(12 * held.trained * share), config.checkpoint.background
+    free = None if memory is None else memory - sum(part.bytes for part in parts)
+    if asked is True or (asked == "auto" and (free is None or copy <= free / 2)):
+        parts.append(Part("checkpoint copy", copy, f"12 B x {held.trained:,} x {per_node}/{held.workers}"))
     return tuple(parts)
 
 

@@ -118,6 +118,7 @@ class RunPlan:
         seconds: of a step.
         steps: of the run.
         bundles: of a step.
+        idle_workers: for which a step has no bundle.
         reference_seconds: of the pass of the frozen reference beforehand; 0 where there is none.
         checkpoint_bytes: of one checkpoint with its state.
         checkpoint_seconds: that training stops for one: the copy to host memory, and all of model/ but its last 2 GiB;
@@ -141,6 +142,7 @@ class RunPlan:
     seconds: Seconds
     steps: int
     bundles: int
+    idle_workers: int
     reference_seconds: float
     checkpoint_bytes: int
     checkpoint_seconds: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mlc_ray.config import ClusterSection, TrainConfig
+from mlc_ray.config import ClusterSection, TrainConfig, resolve_layer
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.activations import Row
@@ -74,13 +74,15 @@ def plan_run(
         workers: of the run; at most the cluster's GPUs.
 
     Raises:
+        ConfigError: The model has no such layer as `mlc.layer`.
         PlanError: Its engine is not DeepSpeed.
     """
+    resolve_layer(config.mlc.layer, shape.layers)
     if not plannable(config):
         raise PlanError(f"engine.name={config.engine.name!r}: only the memory of engine.name='deepspeed' is known")
     device: Device = "cpu" if cluster.gpu is None else "gpu"
     held = holding_of(config, shape, workers=workers, dtype=dtype, device=device)
-    limit = cluster.gpu.memory if cluster.gpu is not None else (cluster.node_memory or 0) // max(1, cluster.per_node)
+    limit = cluster.gpu.memory if cluster.gpu is not None else (cluster.node_room or 0) // max(1, cluster.per_node)
     budget = _budget(config, shape, held, weights, limit, rates.kept)
     cutting = cut(config, weights, tokens_per_forward=budget, workers=workers)
     per_node, nodes = min(workers, cluster.per_node), cluster.nodes_of(workers)
@@ -91,10 +93,9 @@ def plan_run(
         for row in cutting.largest
     ]
     largest, worker = max(forwards, key=lambda each: sum(part.bytes for part in each[1]))
-    node = node_parts(config, held, per_node=per_node, memory=cluster.node_memory)
-    if device == "cpu":
-        node = (*node, Part("workers", per_node * sum(part.bytes for part in worker), f"{per_node} workers, as above"))
-    memory = Memory(tuple(worker), node, disk, limit or 2**62, cluster.node_memory)
+    on_cpus = per_node * sum(part.bytes for part in worker) if device == "cpu" else 0
+    node = node_parts(config, held, per_node=per_node, memory=cluster.node_memory, workers=on_cpus)
+    memory = Memory(tuple(worker), node, disk, limit or 2**62, cluster.node_room)
     step, useful = seconds(config, shape, held, cutting, rates=rates, cluster=cluster)
     reference = 0.0
     if config.needs_reference and config.reference == "cached":
@@ -120,6 +121,7 @@ def plan_run(
         seconds=step,
         steps=steps,
         bundles=config.train.batch_bundles,
+        idle_workers=workers - cutting.busy,
         reference_seconds=reference,
         checkpoint_bytes=checkpoint,
         checkpoint_seconds=stops,

@@ -91,7 +91,7 @@ def seconds(
     adamw = share / (OFFLOADED_ADAMW if held.offload_optimizer and cluster.gpu is not None else rates.adamw)
     return Seconds(
         compute, _exposed(held, cut, compute, rates, cluster), adamw, overhead
-    ), of_row * cut.forwards * held.workers
+    ), of_row * cut.forwards * cut.busy
 
 
 def gathering(held: Holding, rates: Rates, cluster: Cluster) -> float:

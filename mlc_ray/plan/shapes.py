@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlc_ray.config.paths import scheme_of
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage import local_model, pinned_model
+from mlc_ray.storage import HubError, local_model, pinned_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -232,7 +232,12 @@ def config_of(path: str, *, trust_remote_code: bool = False) -> tuple[Pretrained
         return known, path.partition("#")[0]
     if not here and re.fullmatch(r"[\d.]+[bm]", path.lower()):
         raise ShapeError(f"{path!r} is the size of no published shape; name one of {', '.join(published())}")
-    source = str(file) if file.exists() else local_model(pinned_model(path), weights=False)
+    try:
+        source = str(file) if file.exists() else local_model(pinned_model(path), weights=False)
+    except HubError as error:
+        raise ShapeError(
+            f"{path!r} is none of {', '.join(published())}, and no model that can be read: {error}"
+        ) from None
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -39,6 +39,11 @@ def run_lines(plan: RunPlan, cheapest: Fitting | None, refused: str | None = Non
         lines.append(f"it does not fit: {where} lacks {(needs - limit) / GIB:.1f} GiB; the largest part is {part}")
     if cheapest is None:
         lines.append("nothing that was tried fits")
+    elif "model.lora.rank" in cheapest.changes:  # tried last: it is another training
+        lines.append(
+            "nothing that was tried fits with all weights trained (more GPUs may); adapters, another training, would: "
+            f"{cheapest} ({cheapest.plan.seconds.step:.3g} s a step)"
+        )
     elif cheapest.changes:
         faster = cheapest.plan.seconds.step
         said = "faster, and fits too" if memory.fits else "cheapest that fits"
@@ -51,12 +56,22 @@ def run_lines(plan: RunPlan, cheapest: Fitting | None, refused: str | None = Non
         f"a step: {plan.work.tokens:,.0f} tokens in {plan.work.forwards:.3g} forwards of each worker, {time.step:.3g} "
         f"s: compute {time.compute:.3g}, exchange not hidden {time.exchange:.3g}, AdamW {time.optimizer:.3g}, forwards "
         f"{time.overhead:.3g}",
+        *_idle(plan),
         f"the run: {plan.steps:,} steps, {_time(plan.wall_seconds)} (of it the reference beforehand "
         f"{_time(plan.reference_seconds)}, and checkpoints {_time(plan.saving_seconds)}), "
         f"{_hours(plan.gpu_hours, plan.gpu)}",
-        f"a checkpoint: {plan.checkpoint_bytes / GIB:.1f} GiB; training stops for {plan.checkpoint_seconds:.2g} s",
+        f"a checkpoint: {plan.checkpoint_bytes / GIB:.1f} GiB; training stops for {_time(plan.checkpoint_seconds)}",
     ]
     return [*lines, *(f"assumed: {each}" for each in plan.assumed)]
+
+
+def _idle(plan: RunPlan) -> list[str]:
+    if not plan.idle_workers:
+        return []
+    return [
+        f"{plan.idle_workers:,} of {plan.workers:,} workers have no bundle in a step of {plan.bundles}, and only wait: raise "
+        "train.batch_bundles, or take fewer"
+    ]
 
 
 def score_lines(plan: ScorePlan, refused: str | None) -> list[str]:

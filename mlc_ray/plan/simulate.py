@@ -30,6 +30,7 @@ SATURATED = 0.1
 """A cause saturates where it takes this share of the run."""
 _AT_ONCE = 65_536  # checkpoints
 _HOPELESS = 50  # times the ideal time, after which a run is given up
+_LOOKS_AT = 500  # losses: after each so many a run that is on course to more than that is given up at once
 _FACTORS = tuple(2 ** (k / 2) for k in range(-4, 5))
 
 
@@ -224,6 +225,7 @@ class _Run:
         self.done, self.struck, self.useful = 0, 0, 0.0
         self.spent = dict.fromkeys(LOSSES, 0.0)
         self.missing, self.whole = 0, self.environment.event()
+        self.hopeless = self.environment.event()
         self.spares = simpy.Container(self.environment, init=config.spare_nodes) if config.spare_nodes else None
 
     @property
@@ -237,9 +239,12 @@ class _Run:
         for rate, cause in ((self.costs.strikes, "failure"), (self.costs.notices, "notice")):
             if rate:
                 self.environment.process(self._strike(training, rate, cause))
-        ideal = self.all_steps * self.config.step_seconds + self.costs.start
-        self.environment.run(until=training | self.environment.timeout(_HOPELESS * ideal))
+        self.environment.run(until=training | self.hopeless | self.environment.timeout(self._longest))
         return self
+
+    @property
+    def _longest(self) -> float:
+        return _HOPELESS * (self.all_steps * self.config.step_seconds + self.costs.start)
 
     def _strike(self, training: simpy.Process, rate: float, cause: str) -> Generator[simpy.Event, Any, None]:
         """Nodes are lost one after another, whatever the run does, until it has ended."""
@@ -248,6 +253,9 @@ class _Run:
             if not training.is_alive:
                 return
             self.struck += 1
+            if not self.struck % _LOOKS_AT and self.done / self.all_steps < self.wall / self._longest:
+                self.hopeless.succeed()
+                return
             self.missing += 1
             self.environment.process(self._replace(self.config.notice_seconds if cause == "notice" else 0.0))
             training.interrupt(cause)

@@ -143,8 +143,15 @@ def _trends(trends: Sequence[Trend]) -> Table:
     )
 
 
-def budget_table(budget: Sequence[SizeBudget]) -> Table:
-    """What each search takes at most, and all of them."""
+def budget_notes(budget: Sequence[SizeBudget]) -> list[str]:
+    """What does not fit of it, and what it assumes, each as a sentence."""
+    assumed = dict.fromkeys(said for each in budget for said in each.assumed)
+    faults = [f"{each.size} does not fit: {each.fault}" for each in budget if each.fault]
+    return [*faults, *(f"assumed: {each}" for each in assumed)]
+
+
+def budget_table(budget: Sequence[SizeBudget], *, notes: bool = True) -> Table:
+    """What each search takes at most, and all of them; with `budget_notes` in its own note, or without."""
     heads = ["parameters", "runs", "steps each", "tokens", "operations", "scores", "answers", "hours", "GPU hours"]
     lines = [
         row(
@@ -170,14 +177,12 @@ def budget_table(budget: Sequence[SizeBudget]) -> Table:
         )
     )  # fmt: skip
     note = (
-        "stated beforehand, at most: tokens and operations of training, answers of at most max_new_tokens; hours as "
+        "stated beforehand, at most: tokens and operations of training, as if each step forwarded all prompts whole; "
+        "answers of at most max_new_tokens; hours as "
         "`mlc-ray plan` counts them, with checkpoints, the probe, and judges that are models (on CPUs, GPU hours are "
         "those of workers)"
     )
-    if assumed := dict.fromkeys(said for each in budget for said in each.assumed):
-        note += f"; assumed: {'; '.join(assumed)}"
-    note += "".join(f"; {each.size} does not fit: {each.fault}" for each in budget if each.fault)
-    return table("Budget", ["size", *heads], lines, note)
+    return table("Budget", ["size", *heads], lines, "; ".join([note, *(budget_notes(budget) if notes else ())]))
 
 
 def _hours(budget: Sequence[SizeBudget]) -> list[str]:

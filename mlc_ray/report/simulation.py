@@ -65,7 +65,7 @@ def findings(config: SimulationConfig, best: Best, grown: Growth) -> list[str]:
     ]
     if not run.finished:
         lines[0] = f"the run does not end: hardly a step of it lasts; goodput {percent(100 * run.goodput.value)} %"
-    if len(best.tried) > 1:
+    elif len(best.tried) > 1:
         lines.append(
             f"best: checkpoint.every={run.every}; not told apart from it: {best.alike[0]} to {best.alike[1]} steps"
         )

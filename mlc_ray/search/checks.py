@@ -7,7 +7,7 @@ from typing import Any
 
 from mlc_ray.capacity import Need, amount, workers_needed
 from mlc_ray.cluster import ClusterError, connect, could_fit, nodes_held, nodes_there, use_gpu, with_dtype
-from mlc_ray.config import ConfigError, SearchConfig, TrainConfig
+from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, resolve_layer
 from mlc_ray.generate.engine import Device
 from mlc_ray.nodes import check_nodes
 from mlc_ray.plan.check import check_run
@@ -18,7 +18,7 @@ from mlc_ray.runs import output_place
 from mlc_ray.score.plan import places, with_dtypes, with_longest_answer
 from mlc_ray.search.space import Space
 from mlc_ray.search.tune import number_of_points, seeds_of
-from mlc_ray.train.model import check_device, model_depth, resolve_layer
+from mlc_ray.train.model import check_device, model_depth
 from mlc_ray.train.run import paths_read
 
 TRIAL_CPUS = 0.1  # the process of a trial only waits for its workers

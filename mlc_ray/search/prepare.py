@@ -6,7 +6,7 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlc_ray.config import ConfigError, ScoringSection, SearchConfig, TrainConfig
+from mlc_ray.config import ConfigError, ScoringSection, SearchConfig, TrainConfig, resolve_layer
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
@@ -24,7 +24,7 @@ from mlc_ray.search.trial import SearchError, Shared
 from mlc_ray.search.tune import LAYER
 from mlc_ray.storage import Place, engine_named, fingerprint_model, library_versions, local_side, user_cache
 from mlc_ray.train.answers import check_answers
-from mlc_ray.train.model import model_depth, resolve_layer
+from mlc_ray.train.model import model_depth
 from mlc_ray.train.planning import check_kinds, check_terms
 from mlc_ray.train.run import prepare_data
 

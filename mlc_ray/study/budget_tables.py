@@ -136,11 +136,19 @@ def study_budget_lines(budget: StudyBudget) -> list[str]:
         *map(str, budget.asked),
         *([] if budget.asked else ["no endpoint is asked"]),
         *budget.notes,
-        "what is known of it fits the cluster" if budget.fits else "it does not fit the cluster",
+        _fitting(budget),
         *(f"  {fault}" for fault in budget.faults),
         "not in it: utility, starting and failures, and waiting for endpoints",
         *(f"assumed: {each}" for each in budget.assumed),
     ]
+
+
+def _fitting(budget: StudyBudget) -> str:
+    if not budget.fits:
+        return "it does not fit the cluster"
+    if all(each.fits is None for each in budget.parts):
+        return "whether it fits the cluster is not known"
+    return "what is known of it fits the cluster"
 
 
 def study_budget_tables(budget: StudyBudget) -> list[Table]:

@@ -16,7 +16,16 @@ from pathlib import Path
 
 from mlc_ray.capacity import workers_needed
 from mlc_ray.cluster import ClusterError, check_fits, connect, use_gpu, with_dtype
-from mlc_ray.config import UNTOUCHED, ConfigError, ScoreConfig, ScoringSection, StudyConfig, UtilityConfig, parse_config
+from mlc_ray.config import (
+    UNTOUCHED,
+    ConfigError,
+    ScoreConfig,
+    ScoringSection,
+    StudyConfig,
+    UtilityConfig,
+    parse_config,
+    resolve_layer,
+)
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
@@ -57,7 +66,7 @@ from mlc_ray.study.record import Recorder, has_model, is_complete, is_read, scor
 from mlc_ray.study.supervision import supervision_of
 from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.export import export
-from mlc_ray.train.model import check_device, model_depth, resolve_layer
+from mlc_ray.train.model import check_device, model_depth
 from mlc_ray.train.preemption import PreemptedError
 from mlc_ray.train.run import check_tokens, paths_read, train
 from mlc_ray.utility.file import load_utility

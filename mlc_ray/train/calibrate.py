@@ -30,7 +30,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from mlc_ray._registry import resolve
-from mlc_ray.config import ConfigError, ModelSection, TrainConfig, parse_config
+from mlc_ray.config import ConfigError, ModelSection, TrainConfig, parse_config, resolve_layer
 from mlc_ray.data.batches import collate
 from mlc_ray.data.sources import Reading, resolve_source
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
@@ -48,7 +48,6 @@ from mlc_ray.train.model import (
     cast_parameters,
     load_policy,
     model_depth,
-    resolve_layer,
 )
 from mlc_ray.types import Batch, Bundle, TokenRow, move
 

@@ -149,20 +149,6 @@ def _with_idle(output: ModelOutput, extractor: Extractor) -> ModelOutput:
     return replace(output, chosen=ResponseLogProbs(output.chosen.total + idle, output.chosen.length))
 
 
-def resolve_layer(layer: int | float | str, depth: int) -> int:
-    """`mlc.layer` (an index, a fraction of the depth, or "last") as an index 0..N.
-
-    Raises:
-        ModelError: It is out of range.
-    """
-    index = depth if layer == "last" else round(layer * depth) if isinstance(layer, float) else int(layer)
-    if not 0 <= index <= depth:
-        raise ModelError(
-            f"mlc.layer={layer!r} is outside 0..{depth}, the layers this model has; use 'last' for {depth}"
-        )
-    return index
-
-
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     """Have the parameters in `dtype`, and buffers as they were loaded.
 

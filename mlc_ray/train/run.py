@@ -12,7 +12,7 @@ from ray.train import UserCallback
 
 from mlc_ray.capacity import workers_needed
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
-from mlc_ray.config import DataSection, SourceSection, TrainConfig, parse_config
+from mlc_ray.config import DataSection, SourceSection, TrainConfig, parse_config, resolve_layer
 from mlc_ray.data.plan import Cutting
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.sources import pinned
@@ -33,7 +33,7 @@ from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.divergence import DivergedError, record_divergence
 from mlc_ray.train.entry import HeldOut, WeightsScorer, WorkerSpec, train_worker
 from mlc_ray.train.failures import error_inside, failure_kept
-from mlc_ray.train.model import check_device, model_depth, resolve_layer
+from mlc_ray.train.model import check_device, model_depth
 from mlc_ray.train.openings import branches_of, fingerprint_openings
 from mlc_ray.train.planning import (
     check_groups,

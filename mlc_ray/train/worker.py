@@ -16,7 +16,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2._internal.execution.context import get_train_context
 
 from mlc_ray._registry import resolve
-from mlc_ray.config import TrainConfig, parse_config
+from mlc_ray.config import TrainConfig, parse_config, resolve_layer
 from mlc_ray.data.plan import Cutting
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans, stream_steps
@@ -41,7 +41,6 @@ from mlc_ray.train.model import (
     add_adapters,
     cast_parameters,
     load_policy,
-    resolve_layer,
     router_weight,
 )
 from mlc_ray.train.monitor import Monitor

@@ -1,11 +1,20 @@
 """What a run's plan says beside memory: time by where workers lie, checkpoints, the reference's pass, assumptions."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
-from mlc_ray.config import EngineSection, SearchConfig, SimulationConfig, TrainConfig, load_config, parse_config
+from mlc_ray.config import (
+    ConfigError,
+    EngineSection,
+    SearchConfig,
+    SimulationConfig,
+    TrainConfig,
+    load_config,
+    parse_config,
+)
 from mlc_ray.plan.costs import Costs
 from mlc_ray.plan.hardware import Cluster, HardwareError, cluster_of
 from mlc_ray.plan.lengths import assumed
@@ -13,6 +22,7 @@ from mlc_ray.plan.memory import gathered, holding_of
 from mlc_ray.plan.rates import Rates, assumed_rates, gpu_here, rates_of, write_calibration
 from mlc_ray.plan.runs import plan_run
 from mlc_ray.plan.scores import plan_score, plan_scoring, plan_search
+from mlc_ray.plan.show import run_lines
 from tests.plan.test_memory import run, shape
 
 CPU = Cluster(None, 1, 1, 24 * 2**30)
@@ -217,3 +227,55 @@ def test_a_score_and_a_step_by_hand():
     by_hand = 6 * (7.07e9 - 0.545e9) * found.work.tokens + 6 * 0.545e9 * 158 * 8
     assert found.work.flops == pytest.approx(by_hand, rel=0.03)
     assert found.seconds.compute == pytest.approx(found.work.flops / 8 / (0.4 * 989e12), rel=1e-6)
+
+
+def test_workers_beyond_the_bundles_of_a_step_are_named_and_add_no_tokens():
+    config = run(engine={"stage": 3}, train={"batch_bundles": 16})
+    sixteen, million = (plan(config, "qwen2.5-7b", cluster_of(gpus, "h100"), gpus) for gpus in (16, 1_000_000))
+    assert (sixteen.idle_workers, million.idle_workers) == (0, 999_984)
+    assert million.work == sixteen.work
+    assert "999,984 of 1,000,000 workers have no bundle in a step of 16" in "\n".join(run_lines(million, None))
+    assert "no bundle" not in "\n".join(run_lines(sixteen, None))
+
+
+def test_a_layer_that_the_model_lacks_is_refused():
+    plan(run(mlc={"layer": 24}), "qwen2.5-0.5b", CPU, 1)
+    with pytest.raises(ConfigError, match=r"mlc\.layer=28 is outside 0\.\.24"):
+        plan(run(mlc={"layer": 28}), "qwen2.5-0.5b", CPU, 1)
+
+
+def test_a_node_may_use_95_percent_of_its_memory():
+    """Above that Ray kills workers."""
+    config = run(checkpoint={"background": False})
+    found = plan(config, "qwen2.5-0.5b", CPU, 1).memory
+    assert found.node_limit == found.worker_limit == int(0.95 * 24 * 2**30)
+    enough = math.ceil(found.node_bytes / 0.95)
+    assert plan(config, "qwen2.5-0.5b", replace(CPU, node_memory=enough), 1).memory.fits
+    little = plan(config, "qwen2.5-0.5b", replace(CPU, node_memory=enough - 2**20), 1).memory
+    assert little.node_bytes == found.node_bytes and little.breaks is not None
+
+
+def test_a_checkpoint_is_copied_by_auto_where_half_of_what_is_free_holds_it():
+    def copied(memory):
+        node = plan(run(), "qwen2.5-0.5b", replace(CPU, node_memory=round(memory)), 1).memory.node
+        return [part.name for part in node if part.name == "checkpoint copy"]
+
+    others = sum(
+        part.bytes for part in plan(run(), "qwen2.5-0.5b", CPU, 1).memory.node if part.name != "checkpoint copy"
+    )
+    copy = 12 * plan(run(), "qwen2.5-0.5b", CPU, 1).trained
+    assert copied(others + 2 * copy + 2) and not copied(others + 2 * copy - 2)
+
+
+def test_stage_1_copies_its_gradients_twice_before_adamw():
+    """As `torch._utils._flatten_dense_tensors`, and `to` float32 (DeepSpeed 0.19.8, `stage_1_and_2.py`)."""
+    found = plan(run(engine={"stage": 1}), "qwen2.5-0.5b", CPU, 1)
+    (copy,) = (part for part in found.memory.worker if part.name == "AdamW's copy")
+    assert copy.bytes == (2 + 4) * found.trained
+
+
+def test_a_cpu_keeps_as_much_of_activations_as_was_measured_until_it_is_calibrated():
+    found = {part.name: part.bytes for part in plan(run(), "qwen2.5-0.5b", CPU, 1).memory.worker}
+    bare = replace(assumed_rates(None, "bfloat16"), grown=0.0)
+    without = {part.name: part.bytes for part in plan(run(), "qwen2.5-0.5b", CPU, 1, bare).memory.worker}
+    assert found.keys() - without.keys() == {"gaps"}

@@ -168,6 +168,19 @@ def test_a_run_that_cannot_end_is_given_up() -> None:
     assert not run.finished and run.goodput.value < 0.01
 
 
+def test_a_run_that_hardly_gets_on_is_given_up_after_500_lost_nodes() -> None:
+    """Failures every 11 s of the cluster, where a start takes 33: few reach a step, and none the hundredth.
+
+    Until 50 times its ideal time it would lose 90,000 nodes.
+    """
+    run = simulate(settings(node_mtbf_hours=8 * 11 / 3600, repetitions=2))
+    assert not run.finished and run.lost_nodes == 500
+    slow = simulate(settings(node_mtbf_hours=8 * 20 / 3600, checkpoint_every=1, repetitions=2))
+    assert not slow.finished and slow.lost_nodes == 500 and slow.goodput.value > 0
+    enough = simulate(settings(node_mtbf_hours=8 * 120 / 3600, checkpoint_every=20, repetitions=2))
+    assert enough.finished and enough.lost_nodes > 500
+
+
 def test_ten_thousand_gpus_and_a_hundred_million_bundles() -> None:
     config = settings(
         gpus=10_000, bundles=100_000_000, bundles_per_gpu=4, step_seconds=3.8, step_spread=0.02, state_gb=872.0,

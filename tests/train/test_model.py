@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from mlc_ray.config import LoraSection, ModelSection
+from mlc_ray.config import ConfigError, LoraSection, ModelSection, resolve_layer
 from mlc_ray.data.batches import collate, collate_prompts
 from mlc_ray.train.forward import ModelError, final_norm, layer_states
 from mlc_ray.train.model import (
@@ -30,7 +30,6 @@ from mlc_ray.train.model import (
     checkpoint_blocks,
     load_policy,
     model_depth,
-    resolve_layer,
 )
 from mlc_ray.train.reference import ReferenceModel
 from tests.train.tiny import LANGUAGES, random_rows, tiny_model
@@ -287,7 +286,7 @@ def test_resolve_layer(layer, index):
 
 @pytest.mark.parametrize("layer", [31, -1])
 def test_resolve_layer_out_of_range(layer):
-    with pytest.raises(ModelError, match=rf"mlc.layer={layer} is outside 0..30"):
+    with pytest.raises(ConfigError, match=rf"mlc.layer={layer} is outside 0..30"):
         resolve_layer(layer, 30)
 
 

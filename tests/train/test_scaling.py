@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mlc_ray.config import TrainConfig, load_config
+from mlc_ray.config import TrainConfig, load_config, resolve_layer
 from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.check import check_run
 from mlc_ray.plan.hardware import cluster_of
@@ -23,7 +23,7 @@ from mlc_ray.plan.shapes import published_config
 from mlc_ray.train.attention import TREE, register_attention
 from mlc_ray.train.experts import has_experts
 from mlc_ray.train.loop import loss_of
-from mlc_ray.train.model import PolicyWithExtractor, checkpoint_blocks, resolve_layer, router_weight
+from mlc_ray.train.model import PolicyWithExtractor, checkpoint_blocks, router_weight
 from mlc_ray.train.reference import ReferenceModel, asked_of_reference
 from tests.train.test_model import batch
 from tests.train.tiny import random_rows

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlc_ray._registry import resolve
-from mlc_ray.config import TrainConfig
+from mlc_ray.config import TrainConfig, resolve_layer
 from mlc_ray.data.order import total_steps
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans, stream_steps
@@ -24,7 +24,7 @@ from mlc_ray.plan.cutting import cutting_of, order_of, tokens_per_forward
 from mlc_ray.train.attention import register_attention
 from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress, train_loop
-from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_parameters, checkpoint_blocks, resolve_layer
+from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_parameters, checkpoint_blocks
 from mlc_ray.train.planning import check_groups, tapping
 from mlc_ray.train.preemption import Notice
 from mlc_ray.train.reference import ReferenceModel, asked_of_reference, cached_reference, policy_reference
