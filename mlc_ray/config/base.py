@@ -158,8 +158,7 @@ def read_config_file(path: str | Path, schema: type[Section] | None = None) -> d
     raw = parse_yaml(text, str(path))
     if schema is not None and (others := _commands_of(raw, schema)):
         raise ConfigError(
-            f"config file {str(path)!r} has settings of `mlc-ray {' or '.join(others)}`: give it to that, "
-            f"or one of a score or a search to `mlc-ray plan --for`; those of `mlc-ray "
+            f"config file {str(path)!r} has settings of `mlc-ray {' or '.join(others)}`; those of `mlc-ray "
             f"{schema.command}` are {', '.join(sorted(schema.model_fields))}"
         )
     return raw

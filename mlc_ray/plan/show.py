@@ -69,8 +69,8 @@ def _idle(plan: RunPlan) -> list[str]:
     if not plan.idle_workers:
         return []
     return [
-        f"{plan.idle_workers:,} of {plan.workers:,} workers have no bundle in a step of {plan.bundles}, and only wait: raise "
-        "train.batch_bundles, or take fewer"
+        f"{plan.idle_workers:,} of {plan.workers:,} workers have no bundle in a step of {plan.bundles}, and only wait: "
+        "raise train.batch_bundles, or take fewer"
     ]
 
 

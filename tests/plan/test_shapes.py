@@ -4,6 +4,7 @@ import pytest
 
 from mlc_ray.cli import main
 from mlc_ray.plan.shapes import ShapeError, config_of, counted, published, published_config, shape_of
+from mlc_ray.storage import HubError
 
 PUBLISHED = {  # what model cards and reports say, in billions
     "smollm2-135m": 0.1345, "gemma-3-270m": 0.268, "qwen2.5-0.5b": 0.494, "qwen2.5-1.5b": 1.54, "qwen2.5-3b": 3.09,
@@ -58,3 +59,16 @@ def test_quantised_weights_are_not_planned_as_plain_ones(tmp_path, capsys):
     config.save_pretrained(tmp_path)
     assert main(["plan", "--config", "recipe:quickstart", "--shape", str(tmp_path), "--gpus", "1"]) == 2
     assert "are quantised, whose memory is not planned" in capsys.readouterr().err
+
+
+def test_a_shape_that_nobody_has_is_answered_by_those_that_are_published(monkeypatch, capsys):
+    def unknown(path):
+        raise HubError(f"{path!r}: the hub cannot be reached")
+
+    monkeypatch.setattr("mlc_ray.plan.shapes.pinned_model", unknown)
+    asked = ["plan", "--config", "recipe:quickstart", "--gpus", "1", "--shape"]
+    assert main([*asked, "qwen-72b"]) == 2
+    assert "'qwen-72b' is none of smollm2-135m, " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*asked, " "])
+    assert "--shape: it is empty" in capsys.readouterr().err

@@ -177,7 +177,7 @@ def test_a_run_that_hardly_gets_on_is_given_up_after_500_lost_nodes() -> None:
     assert not run.finished and run.lost_nodes == 500
     slow = simulate(settings(node_mtbf_hours=8 * 20 / 3600, checkpoint_every=1, repetitions=2))
     assert not slow.finished and slow.lost_nodes == 500 and slow.goodput.value > 0
-    enough = simulate(settings(node_mtbf_hours=8 * 120 / 3600, checkpoint_every=20, repetitions=2))
+    enough = simulate(settings(node_mtbf_hours=8 * 90 / 3600, checkpoint_every=20, repetitions=2))
     assert enough.finished and enough.lost_nodes > 500
 
 

@@ -163,7 +163,7 @@ def test_engines_of_a_judge_are_counted_and_must_fit() -> None:
     )
     assert "nothing for the engines of judge.model=/no/model, which are not known" in unknown.assumed
     small = Cluster(None, 1, 1, 8 * 2**30)
-    assert "but this machine has 8.0" in found("refusal", small).fault
+    assert "but this machine has 6.0" in found("refusal", small).fault
     assert "gpu_memory_utilization" not in found("refusal", small).fault
 
 
@@ -252,6 +252,8 @@ def test_what_does_not_fit_or_is_not_known_is_named_and_the_rest_is_counted() ->
     assert "how long is not known on 8 x h100" in said[0] and "it does not fit the cluster" in said
     assert any(line.startswith("  engines of large: ") for line in said)
     assert [len(table.rows) for table in study_budget_tables(found)] == [7, 4]
+    alone = study_budget(configured(models={"none": {"path": "/no/model"}}), H100)
+    assert "whether it fits the cluster is not known" in study_budget_lines(alone)
     few = study_budget(configured(), cluster_of(4, "h100"))
     assert few.methods[0].hours is None and "cluster.workers=8, but the cluster has 4 GPUs" in few.methods[0].fault
 

@@ -23,7 +23,7 @@ from mlc_ray.plan.rates import rates_of
 from mlc_ray.plan.runs import PlanError, plan_run
 from mlc_ray.plan.scores import SearchPlan, plan_scoring
 from mlc_ray.plan.shapes import config_of, shape_of
-from mlc_ray.report.scale import budget_table, scale_notes
+from mlc_ray.report.scale import budget_notes, budget_table, scale_notes
 from mlc_ray.report.study import load_study, study_tables
 from mlc_ray.report.write import write_report
 from mlc_ray.score.results import load_records, load_scores
@@ -402,6 +402,11 @@ def test_hours_have_the_probe_and_judges_and_say_what_they_leave_out(tmp_path: P
         [replace(a_budget, assumed=unknown.assumed) for a_budget in planned(tmp_path / "s", "b").budget]
     )
     assert f"judge.model={folder}" in said.note and "start of each run" in said.note
+    large = replace(planned(tmp_path / "s", "b").budget[0], size="72b", fault="it lacks a GiB")
+    assert budget_notes([large, replace(large, assumed=("one", "two"), fault="")]) == [
+        "72b does not fit: it lacks a GiB", "assumed: one", "assumed: two",
+    ]  # fmt: skip
+    assert "lacks a GiB" not in budget_table([large], notes=False).note
 
 
 def test_a_scaling_study_keeps_its_log_where_its_runs_are_to_keep_theirs(
