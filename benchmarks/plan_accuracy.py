@@ -90,10 +90,11 @@ def planned(point: Mapping[str, Any], model: str, tokens: TokenArtifact, rates: 
             row_of(tokens.lengths(list(forward.rows)), cutting, plan, said)
             for micro, of_micro in zip(plan.forwards, plan.tokens, strict=True)
             for forward, said in zip(micro, of_micro, strict=True)
+            if not forward.idle
         ]
         mean = [round(sum(column) / len(rows)) for column in zip(*(vars(row).values() for row in rows), strict=True)]
         largest = max(rows, key=lambda row: row.tokens)
-        of_steps.append(Cut(sum(row.tokens for row in rows), len(plan.forwards), largest, Row(*mean), 1.0))
+        of_steps.append(Cut(sum(row.tokens for row in rows), len(plan.forwards), largest, Row(*mean), 1.0, len(rows)))
     given = {"kept_share": rates.kept, "grown": rates.grown}
     each = [peak(config, shape, held, cut.largest, forwards=cut.forwards, **given) for cut in of_steps]
     parts = max(each, key=lambda parts: sum(part.bytes for part in parts))

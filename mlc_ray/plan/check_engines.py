@@ -97,16 +97,17 @@ def _check_a_node(shape: Shape, engines: Engines, plan: EnginePlan, cluster: Clu
     else:
         replicas = nodes if engine.replicas == "auto" else engine.replicas
     number = -(-replicas // nodes)
+    one = number == 1
     if number * plan.bytes <= plan.limit:
         return
     fix = f"lower {engines.where}engine.cpu_kv_cache_gib={engine.cpu_kv_cache_gib}, or take a smaller model"
     if (room := plan.limit // plan.bytes) > 0:
         fix = f"the nearest that fits: {engines.where}engine.replicas={room * nodes}"
     raise PlanError(
-        f"{'an engine' if number == 1 else f'{number} engines on a node'} for {shape.name} need"
-        f"{'s' if number == 1 else ''} {number * plan.bytes / GIB:.1f} GiB, of which weights "
-        f"{number * plan.weights / GIB:.1f}, but {'this machine' if nodes == 1 else 'a node'} has "
-        f"{plan.limit / GIB:.1f} for them; {fix}"
+        f"{'an engine' if one else f'{number} engines on a node'} for {shape.name} need{'s' if one else ''} "
+        f"{number * plan.bytes / GIB:.1f} GiB, of which weights, which are there twice, "
+        f"{2 * number * plan.weights / GIB:.1f}, but {'this machine' if nodes == 1 else 'a node'} has "
+        f"{plan.limit / GIB:.1f} for {'it' if one else 'them'}; {fix}"
     )
 
 

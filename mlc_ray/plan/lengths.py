@@ -255,8 +255,9 @@ def of_rows(rows: Sequence[TokenRow]) -> Weights:
 class Cut:
     """What a run's steps are like, from some of them: means over all, and the largest forward of each kind of step.
 
-    Among these kinds is always the widest, with all terms. `busy` workers have bundles; of more than a step has bundles
-    the others forward one at weight 0, which is not counted.
+    Among these kinds is always the widest, with all terms. `forwards` are those of a worker, `working` those of all
+    workers that have bundles: where there is nothing left for a worker it forwards a bundle at weight 0, which is in no
+    other number.
     """
 
     tokens: float
@@ -264,7 +265,7 @@ class Cut:
     largest: tuple[Row, ...]
     mean: Row
     taps: float
-    busy: int
+    working: float
 
 
 def cut(
@@ -277,12 +278,17 @@ def cut(
 ) -> Cut:
     """Cut some batches as a run would; without `branches`, openings that terms on decisions read are left out."""
     decides = config.model_dump_json(include={"objective", "mlc", "terms", "train", "seed"})
-    busy = min(workers, config.train.batch_bundles)
+    busy = busy_workers(config, weights, workers)  # more of them change nothing
     key = f"{tokens_per_forward} {busy} {branches and branches.tokens} {decides}"
     if key not in weights.cuts:
         cutting = cutting_of(config, weights, tokens_per_forward=tokens_per_forward, world_size=busy, branches=branches)
         weights.cuts[key] = _cut(config, weights, cutting)
     return weights.cuts[key]
+
+
+def busy_workers(config: TrainConfig, weights: Weights, workers: int) -> int:
+    """Workers that have a bundle in a step, at most: a term that compares bundles may need several of them together."""
+    return min(workers, config.train.batch_bundles, len(weights))
 
 
 @dataclass(frozen=True)
@@ -321,7 +327,7 @@ def _cut(config: TrainConfig, weights: Weights, cutting: Cutting) -> Cut:
         tuple(max(kind.rows, key=lambda row: (row.tokens, row.head)) for kind in kinds),
         Row(*(round(each / of_all_workers) for each in sums)),
         sum(share for (taps, _), share in shares.items() if taps),
-        cutting.world_size,
+        of_all_workers,
     )
 
 
@@ -340,12 +346,14 @@ def _looked_at(
         lengths = weights.take(bundles)
         plan = cutting.plan(0, list(range(size)), lengths)
         forwards.append(len(plan.forwards))
-        tokens.append(sum(map(sum, plan.tokens)))
-        rows += [
+        own = [
             row_of(lengths.take(list(forward.rows)), cutting, plan, said, weights.benign)
             for micro, of_micro in zip(plan.forwards, plan.tokens, strict=True)
             for forward, said in zip(micro, of_micro, strict=True)
+            if not forward.idle
         ]
+        tokens.append(sum(row.tokens for row in own))
+        rows += own
     return _Kind(share, tuple(forwards), tuple(tokens), tuple(rows))
 
 

@@ -34,6 +34,9 @@ BUCKET, PREFETCH, LIVE, PERSISTENT = 500_000_000, 50_000_000, 1_000_000_000, 100
 """DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_prefetch_bucket_size, stage3_max_live_parameters,
 stage3_param_persistence_threshold."""
 
+SUB_GROUP = 1_000_000_000
+"""DeepSpeed's default of `sub_group_size`, in elements."""
+
 CUDA_CONTEXT = 3 * 2**29
 """Assumed: CUDA's context, cuBLAS workspaces and NCCL's buffers, beside what PyTorch allocates."""
 
@@ -246,6 +249,28 @@ def activations(config: TrainConfig, shape: Shape, row: Row, size: int, kept_sha
     ]
 
 
+def _of_own(held: Holding) -> Part:
+    """Reduced gradients of its part that a worker has at stage 1 beside those of all, which are gone before AdamW."""
+    own = held.size * held.trained // held.workers if held.stage == 1 and held.workers > 1 else 0
+    return Part("own gradients", own, f"{held.size} B x {held.trained:,} / {held.workers}")
+
+
+def adamws_copy(held: Holding) -> Part:
+    """Flat gradients for AdamW: in the type in which they were added up, and then in float32 where that is another.
+
+    None is made of what is offloaded, nor at stage 2 of a model in bfloat16 whose gradients are added up in float32:
+    they lie flat already. Stage 3 has at most `sub_group_size` of them at a time.
+    """
+    added = held.size if held.stage == 1 else max(held.added, held.size) if held.stage == 3 else held.added
+    each = added if added == 4 else added + 4
+    elements = held.trained // held.workers
+    if held.stage == 3:
+        elements = min(elements, SUB_GROUP)
+    if held.stage == 0 or held.offload_optimizer or (held.stage == 2 and (held.size, held.added) == (2, 4)):
+        each = 0
+    return Part("AdamW's copy", each * elements, f"{each} B x {elements:,} flat gradients")
+
+
 def peak(
     config: TrainConfig,
     shape: Shape,
@@ -269,17 +294,14 @@ def peak(
         base.append(Part("gaps", round(grown * plainly), f"{grown:.2f} of a forward that keeps all, as measured"))
     stays = held.device == "gpu" or held.stage == 3  # the bucket, also while nothing is reduced
     left = [] if held.device == "gpu" else [_left_on_the_heap(shape, row, acts, held.size)]
-    # Of stage 1 first in the gradients' type, then in float32, while the gradients are there (`flatten`, `to`).
-    flat = {1: 4 + held.size if held.size < 4 else 4, 3: 4}.get(held.stage, 0)
-    copied = flat * held.trained // held.workers
     phases = [
         [*base, *([grads] if forwards > 1 or held.stage == 3 else []), *([collected] if stays else []), *acts],
-        [*base, grads, collected, reduced, *left],
+        [*base, grads, _of_own(held), collected, reduced, *left],
         [
             *base,
-            grads,
+            _of_own(held) if held.stage == 1 and held.workers > 1 else grads,
             *([collected] if held.stage == 3 else []),
-            Part("AdamW's copy", copied, f"{flat} B x {held.trained:,} / {held.workers}, flat gradients"),
+            adamws_copy(held),
             *left,
         ],
     ]
@@ -304,19 +326,20 @@ def _left_on_the_heap(shape: Shape, row: Row, acts: list[Part], size: int) -> Pa
 
 
 def node_parts(
-    config: TrainConfig, held: Holding, *, per_node: int, memory: int | None, workers: int = 0
+    config: TrainConfig, held: Holding, *, per_node: int, memory: int | None, workers: int = 0, resting: int = 0
 ) -> tuple[Part, ...]:
     """What a run holds in the memory of a node, which has `memory` bytes.
 
     Each node is taken for the one on which the command and its controller run. The copy of a checkpoint is there if it
-    is asked for, or by `auto` where half of what is free holds it.
+    is asked for, or by `auto` where half of what is free between steps holds it.
 
     Args:
         config: the run's settings.
         held: what its workers hold.
         per_node: workers of the node.
         memory: bytes that it has; None where that is not known.
-        workers: bytes that all of these hold, of workers on CPUs.
+        workers: bytes that all of these hold where a step is highest, of workers on CPUs.
+        resting: the same between steps.
     """
     share = per_node / held.workers
     each = PROCESS[held.device]
@@ -332,13 +355,13 @@ def node_parts(
     if held.offload_parameters:
         weights = round(held.size * held.whole * share)
         parts.append(Part("offloaded weights", weights, f"{held.size} B x {held.whole:,} x {per_node}/{held.workers}"))
+    free = None if memory is None else memory - resting - sum(part.bytes for part in parts)
     if held.device == "gpu" and held.stage != 3 and held.size == 4:  # files in bfloat16 are mapped, and shared
         loading = per_node * held.size * held.whole
         parts.append(Part("loading", loading, f"{held.size} B x {held.whole:,} x {per_node} workers, at the start"))
     if workers:
         parts.append(Part("workers", workers, f"{per_node} workers, as above"))
     copy, asked = round(12 * held.trained * share), config.checkpoint.background
-    free = None if memory is None else memory - sum(part.bytes for part in parts)
     if asked is True or (asked == "auto" and (free is None or copy <= free / 2)):
         parts.append(Part("checkpoint copy", copy, f"12 B x {held.trained:,} x {per_node}/{held.workers}"))
     return tuple(parts)

@@ -13,7 +13,7 @@ from mlc_ray.plan.budget import tokens_in
 from mlc_ray.plan.costs import COPY_GB, NODE_GB, behind, blocking
 from mlc_ray.plan.cutting import BUNDLES_PER_REFERENCE_FORWARD, CPU_TOKENS, steps_of
 from mlc_ray.plan.hardware import Cluster, has_sheet, with_workers
-from mlc_ray.plan.lengths import Weights, cut
+from mlc_ray.plan.lengths import Weights, busy_workers, cut
 from mlc_ray.plan.memory import (
     CUDA_CONTEXT,
     PLANNED,
@@ -94,7 +94,8 @@ def plan_run(
     ]
     largest, worker = max(forwards, key=lambda each: sum(part.bytes for part in each[1]))
     on_cpus = per_node * sum(part.bytes for part in worker) if device == "cpu" else 0
-    node = node_parts(config, held, per_node=per_node, memory=cluster.node_memory, workers=on_cpus)
+    resting = per_node * sum(part.bytes for part in [*states(held), *reference_part(held)]) if device == "cpu" else 0
+    node = node_parts(config, held, per_node=per_node, memory=cluster.node_memory, workers=on_cpus, resting=resting)
     memory = Memory(tuple(worker), node, disk, limit or 2**62, cluster.node_room)
     step, useful = seconds(config, shape, held, cutting, rates=rates, cluster=cluster)
     reference = 0.0
@@ -121,7 +122,7 @@ def plan_run(
         seconds=step,
         steps=steps,
         bundles=config.train.batch_bundles,
-        idle_workers=workers - cutting.busy,
+        idle_workers=workers - busy_workers(config, weights, workers),
         reference_seconds=reference,
         checkpoint_bytes=checkpoint,
         checkpoint_seconds=stops,

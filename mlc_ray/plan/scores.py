@@ -231,4 +231,4 @@ def _probe_seconds(config: SearchConfig, run: RunPlan) -> float:
     if config.probe is None:
         return 0.0
     bundles = 2 * (config.probe.limit or PROBE_LIMIT)  # of each kind
-    return bundles * run.seconds.compute * run.workers / run.bundles / 3
+    return bundles * run.seconds.compute * (run.workers - run.idle_workers) / run.bundles / 3

@@ -89,9 +89,7 @@ def seconds(
     compute = worker / rates.flops * again * online
     share = held.trained / (held.workers if held.stage else 1)
     adamw = share / (OFFLOADED_ADAMW if held.offload_optimizer and cluster.gpu is not None else rates.adamw)
-    return Seconds(
-        compute, _exposed(held, cut, compute, rates, cluster), adamw, overhead
-    ), of_row * cut.forwards * cut.busy
+    return Seconds(compute, _exposed(held, cut, compute, rates, cluster), adamw, overhead), of_row * cut.working
 
 
 def gathering(held: Holding, rates: Rates, cluster: Cluster) -> float:

@@ -41,8 +41,8 @@ def run_lines(plan: RunPlan, cheapest: Fitting | None, refused: str | None = Non
         lines.append("nothing that was tried fits")
     elif "model.lora.rank" in cheapest.changes:  # tried last: it is another training
         lines.append(
-            "nothing that was tried fits with all weights trained (more GPUs may); adapters, another training, would: "
-            f"{cheapest} ({cheapest.plan.seconds.step:.3g} s a step)"
+            f"nothing that was tried fits with all weights trained{' (more GPUs may)' if plan.gpu != 'cpu' else ''}; "
+            f"adapters, another training, would: {cheapest} ({cheapest.plan.seconds.step:.3g} s a step)"
         )
     elif cheapest.changes:
         faster = cheapest.plan.seconds.step
@@ -69,8 +69,8 @@ def _idle(plan: RunPlan) -> list[str]:
     if not plan.idle_workers:
         return []
     return [
-        f"{plan.idle_workers:,} of {plan.workers:,} workers have no bundle in a step of {plan.bundles}, and only wait: "
-        "raise train.batch_bundles, or take fewer"
+        f"{plan.idle_workers:,} of {plan.workers:,} workers have no bundle of their own in a step of {plan.bundles}, "
+        "and make it no faster: raise train.batch_bundles, or take fewer workers where they hold it"
     ]
 
 

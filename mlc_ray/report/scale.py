@@ -198,6 +198,8 @@ def scale_notes(scaling: Scaling) -> list[str]:
     for each in scaling.trends:
         if each.slope is None:
             lines.append(f"{each.name}: {each.sizes} sizes cannot tell whether it moves with size.")
+        elif each.slope.low == each.slope.high:
+            lines.append(f"{each.name} is the same at all {each.sizes} sizes.")
         elif each.direction == "cannot tell":
             low, high = each.slope.low, each.slope.high
             lines.append(

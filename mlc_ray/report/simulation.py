@@ -9,7 +9,7 @@ from mlc_ray.config.simulation import SimulationConfig
 from mlc_ray.plan.costs import Costs
 from mlc_ray.plan.simulate import LOSSES, SATURATED, Best, Growth, Simulated
 from mlc_ray.report.tables import Cell, Table, cell, row, table
-from mlc_ray.report.text import percent
+from mlc_ray.report.text import ABSENT, percent
 from mlc_ray.stats.rates import Interval
 
 _NAMES = {
@@ -39,16 +39,18 @@ def tables(config: SimulationConfig, best: Best, grown: Growth) -> list[Table]:
 
 
 def _row(name: str, run: Simulated, *, strong: bool) -> tuple[str, list[str | Cell], Any]:
+    hours: list[str | Cell] = [cell("does not end", tone="alarm"), ABSENT]
+    if run.finished:
+        hours = [cell(f"{run.wall_hours.value:,.1f}", _limits(run.wall_hours)), f"{run.gpu_hours.value:,.0f}"]
     numbers: list[str | Cell] = [
         f"{run.steps:,}",
         f"{run.every:,}",
         cell(percent(100 * run.goodput.value), _limits(run.goodput, 100)),
-        cell(f"{run.wall_hours.value:,.1f}", _limits(run.wall_hours)),
-        f"{run.gpu_hours.value:,.0f}",
+        *hours,
         f"{run.lost_nodes:.1f}",
         *(percent(100 * run.shares[name]) for name in LOSSES),
     ]
-    return name, numbers, "strong" if strong else "" if run.finished else "alarm"
+    return name, numbers, "strong" if strong else ""
 
 
 def _limits(found: Interval, factor: float = 1.0) -> str:

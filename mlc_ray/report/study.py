@@ -278,14 +278,13 @@ def _costs(result: StudyResult) -> Table:
         ran = [each for each in cells if each.steps]
         if not ran:
             continue
-        answers = [sum(each.answer_tokens.values()) for each in ran]
-        foreign = [sum(n for code, n in each.answer_tokens.items() if code.partition("-")[0] != "en") for each in ran]
-        numbers = [_mean(answers), _mean(foreign), _mean([sum(each.prompt_tokens.values()) for each in ran])]
-        numbers += [_mean([each.steps for each in ran]), _mean([each.seconds for each in ran])]
-        scored = [each.score_seconds for each in ran if each.score_seconds]
-        lines.append(
-            row(model, [method, *(f"{n:,.0f}" for n in numbers), f"{_mean(scored):,.0f}" if scored else ABSENT])
-        )
+        known = [each for each in ran if each.prompt_tokens]  # token rows may be gone
+        answers = [sum(each.answer_tokens.values()) for each in known]
+        foreign = [sum(n for code, n in each.answer_tokens.items() if code.partition("-")[0] != "en") for each in known]
+        numbers: list[list[float]] = [[*answers], [*foreign], [sum(each.prompt_tokens.values()) for each in known]]
+        numbers += [[each.steps for each in ran], [each.seconds for each in ran]]
+        numbers.append([each.score_seconds for each in ran if each.score_seconds])
+        lines.append(row(model, [method, *(f"{_mean(n):,.0f}" if n else ABSENT for n in numbers)]))
     return table(
         "Supervision and time", heads, lines,
         "means over seeds that took steps, also where they failed; tokens that the loss of a whole run reads, each "
@@ -297,7 +296,7 @@ def _supervision(result: StudyResult) -> Table | None:
     codes = sorted({code for each in result.cells for code in (*each.prompt_tokens, *each.answer_tokens)})
     lines = []
     for model, method, cells in _groups(result):
-        if ran := [each for each in cells if each.steps]:
+        if ran := [each for each in cells if each.steps and each.prompt_tokens]:
             answers, prompts = [each.answer_tokens for each in ran], [each.prompt_tokens for each in ran]
             shown = [cell(_count(answers, code), _count(prompts, code)) for code in codes]
             lines.append(row(model, [method, *shown]))

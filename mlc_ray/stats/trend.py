@@ -70,13 +70,13 @@ def trend(
     weights = centred / spread
     y = np.array([each.value for each in values])
     slope = float(weights @ y)
+    slope = 0.0 if abs(slope) < 1e-12 else slope  # what rounding leaves of equal numbers
     away = y - levels @ (levels.T @ y / levels.sum(axis=0)) - slope * centred
     errors = np.array([(each.high - each.low) / (2 * Z) for each in values])
     variance = max(float(away @ away) / freedom / spread, float(((weights * errors) ** 2).sum()))
     error = math.sqrt(variance)
     if error < 1e-12:  # nothing says how sure any of it is: a line by luck is no law
-        same = abs(slope) < 1e-12
-        return Trend(name, Interval(slope, slope, slope) if same else None, 1.0, len(x), freedom)
+        return Trend(name, None if slope else Interval(0.0, 0.0, 0.0), 1.0, len(x), freedom)
     half = student_quantile(freedom) * error
     p = 2 * (1 - student_share(abs(slope) / error, freedom))
     return Trend(name, Interval(slope, slope - half, slope + half), min(1.0, max(0.0, p)), len(x), freedom)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM
 
-from mlc_ray.config import TrainConfig
+from mlc_ray.config import ConfigError, TrainConfig
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.cutting import steps_of
@@ -93,7 +93,7 @@ def budget_on(search: SizeSearch, folder: Place, parameters: float | None, clust
         if run.cluster.plan == "check":
             check_plan(config, search.space, gpu=cluster.gpu is not None, cluster=cluster, weights=weigh(run))
         found = _with_hours(found, plan_of(search, weigh, answers, cluster))
-    except PlanError as error:
+    except (ConfigError, PlanError) as error:  # a layer that the model lacks, or what does not fit
         found = replace(found, fault=str(error))
     return replace(found, assumed=(*found.assumed, *weigh.assumed, *assumed))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
-from mlc_ray.config import ScoringSection, StudyConfig, TrainConfig
+from mlc_ray.config import ConfigError, ScoringSection, StudyConfig, TrainConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.check import broken, said
 from mlc_ray.plan.check_engines import check_engine
@@ -98,7 +98,7 @@ def budget_of_cells(
             lengths[f"data: {weights.said}"] = None
             try:
                 plan = plan_alone(run, shape, cluster, weights)
-            except PlanError as error:
+            except (ConfigError, PlanError) as error:  # a layer that the model lacks, or what does not fit
                 fits = False if plannable(run) else None
                 fault = f"{model} {method}: {error}"
                 methods.append(MethodBudget(model=model, method=method, runs=number, fits=fits, fault=fault))

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlc_ray.config import UNTOUCHED
 from mlc_ray.config.scale import LAYER, WEIGHT
+from mlc_ray.data.prepare import prepared_tokens
 from mlc_ray.errors import MlcRayError
 from mlc_ray.report.scale import BEST, Scaling, SizePoint
 from mlc_ray.report.study import CellOutcome, MethodRow, StudyResult
@@ -23,6 +24,7 @@ from mlc_ray.runs import (
     PROBE_FILE,
     SCORES_FOLDER,
     TRIALS_FOLDER,
+    artifact_cache,
     read_metrics,
 )
 from mlc_ray.score.results import ScoreResult, load_records, load_scores
@@ -46,10 +48,14 @@ from mlc_ray.stats.trend import Trend, trend
 from mlc_ray.storage import Place, fingerprint, library_versions
 from mlc_ray.study.record import write_study
 from mlc_ray.study.searches import ScalePlan, SizeSearch, cell_folder
+from mlc_ray.study.supervision import Supervision, supervision_of
 from mlc_ray.train.run_folder import load_run_config
 from mlc_ray.types import Kind, primary_language
 
 logger = logging.getLogger(__name__)
+TIES = 20_260
+"""Seed of the lots that are drawn between points which are equally good in a resample."""
+
 TRENDS = ("best layer (fraction of the depth)", "log10 of lambda", "transfer (points)", "over-refusal (points)")
 
 
@@ -187,13 +193,14 @@ class ScaleRecorder:
         seconds = _score_seconds(before)
         cells = [CellOutcome(f"{size}-{UNTOUCHED}", size, UNTOUCHED, None, "scored", score_seconds=seconds)]
         for name, seed, score in zip(found.confirmation.best.runs, found.seeds, scores, strict=True):
-            rows = read_metrics(_run(folder, name))
+            rows, used = read_metrics(_run(folder, name)), _supervision(folder, name)
             workers = search.run.cluster.most_workers
             cells.append(
                 CellOutcome(
                     f"{size}-{name}", size, BEST, seed, "scored",
                     steps=int(rows[-1]["step"]) if rows else 0, workers=workers,
                     seconds=workers * _seconds(_run(folder, name)), score_seconds=_score_seconds(score),
+                    prompt_tokens=used.prompts, answer_tokens=used.answers,
                 )
             )  # fmt: skip
         return [*cells[:-1], replace(cells[-1], message=message)]
@@ -201,6 +208,17 @@ class ScaleRecorder:
 
 def _run(folder: Place, name: str) -> Place:
     return folder / TRIALS_FOLDER / name
+
+
+def _supervision(folder: Place, name: str) -> Supervision:
+    """What the loss of a run of a search read; nothing where its token rows, or what they were made of, are gone."""
+    config = load_run_config(_run(folder, name))
+    cache = artifact_cache(folder / TRIALS_FOLDER)
+    try:
+        tokens = prepared_tokens(config.data, config.model, chat=config.chat, cache_dir=cache)
+    except MlcRayError:
+        tokens = None
+    return Supervision([], {}, {}) if tokens is None else supervision_of(config, tokens)
 
 
 def _seconds(run: Place) -> float:
@@ -241,8 +259,9 @@ def _around(value: float, drawn: Sequence[float]) -> Interval:
 def best_values(folder: Place, objective: Objective) -> list[Mapping[str, Any]]:
     """The values of the point that is best in each resample of the bundles that chose, of all finished trials.
 
-    Of a point that is repeated the mean rates of its models count, as in the search. The resamples of all trials are of
-    the same bundles, so that they are compared with each other in each.
+    Of several that are equally good in a resample one is drawn. Of a point that is repeated the mean rates of its
+    models count, as in the search. The resamples of all trials are of the same bundles, so that they are compared with
+    each other in each.
     """
     groups: dict[str, list[Place]] = {}
     values: dict[str, Mapping[str, Any]] = {}
@@ -255,9 +274,13 @@ def best_values(folder: Place, objective: Objective) -> list[Mapping[str, Any]]:
     ranks = {
         key: objective.drawn(*(load_records(load_scores(score)) for score in scores)) for key, scores in groups.items()
     }
-    shortest = min(map(len, ranks.values()), default=0)
-    keys = list(ranks)
-    best = np.argmax([ranks[key][:shortest] for key in keys], axis=0) if keys else []
+    if not ranks:
+        return []
+    shortest, keys = min(map(len, ranks.values())), list(ranks)
+    drawn = np.array([ranks[key][:shortest] for key in keys])
+    # The first of several equal ones would look as sure as if it were better.
+    lots = np.random.default_rng(TIES).random(drawn.shape)
+    best = np.argmax(np.where(drawn == drawn.max(axis=0), lots, -1.0), axis=0)
     return [values[keys[index]] for index in best]
 
 

@@ -18,7 +18,7 @@ from mlc_ray.config import (
 from mlc_ray.plan.costs import Costs
 from mlc_ray.plan.hardware import Cluster, HardwareError, cluster_of
 from mlc_ray.plan.lengths import assumed
-from mlc_ray.plan.memory import gathered, holding_of
+from mlc_ray.plan.memory import adamws_copy, gathered, holding_of
 from mlc_ray.plan.rates import Rates, assumed_rates, gpu_here, rates_of, write_calibration
 from mlc_ray.plan.runs import plan_run
 from mlc_ray.plan.scores import plan_score, plan_scoring, plan_search
@@ -234,8 +234,10 @@ def test_workers_beyond_the_bundles_of_a_step_are_named_and_add_no_tokens():
     sixteen, million = (plan(config, "qwen2.5-7b", cluster_of(gpus, "h100"), gpus) for gpus in (16, 1_000_000))
     assert (sixteen.idle_workers, million.idle_workers) == (0, 999_984)
     assert million.work == sixteen.work
-    assert "999,984 of 1,000,000 workers have no bundle in a step of 16" in "\n".join(run_lines(million, None))
-    assert "no bundle" not in "\n".join(run_lines(sixteen, None))
+    assert "999,984 of 1,000,000 workers have no bundle of their own in a step of 16" in "\n".join(
+        run_lines(million, None)
+    )
+    assert "no bundle of" not in "\n".join(run_lines(sixteen, None))
 
 
 def test_a_layer_that_the_model_lacks_is_refused():
@@ -255,23 +257,54 @@ def test_a_node_may_use_95_percent_of_its_memory():
     assert little.node_bytes == found.node_bytes and little.breaks is not None
 
 
-def test_a_checkpoint_is_copied_by_auto_where_half_of_what_is_free_holds_it():
-    def copied(memory):
-        node = plan(run(), "qwen2.5-0.5b", replace(CPU, node_memory=round(memory)), 1).memory.node
-        return [part.name for part in node if part.name == "checkpoint copy"]
+def test_a_checkpoint_is_copied_by_auto_where_half_of_what_is_free_between_steps_holds_it():
+    def node(memory):
+        return {
+            part.name: part.bytes
+            for part in plan(run(), "qwen2.5-0.5b", replace(CPU, node_memory=memory), 1).memory.node
+        }
 
-    others = sum(
-        part.bytes for part in plan(run(), "qwen2.5-0.5b", CPU, 1).memory.node if part.name != "checkpoint copy"
+    trained = plan(run(), "qwen2.5-0.5b", CPU, 1).trained
+    between = node(100 * 2**30)["Ray"] + node(100 * 2**30)["Ray Train"] + node(100 * 2**30)["processes"]
+    between += shape("qwen2.5-0.5b").parameters * 2 + (trained - shape("qwen2.5-0.5b").parameters) * 2 + 12 * trained
+    assert "checkpoint copy" in node(between + 24 * trained) and "checkpoint copy" not in node(
+        between + 24 * trained - 2
     )
-    copy = 12 * plan(run(), "qwen2.5-0.5b", CPU, 1).trained
-    assert copied(others + 2 * copy + 2) and not copied(others + 2 * copy - 2)
 
 
-def test_stage_1_copies_its_gradients_twice_before_adamw():
-    """As `torch._utils._flatten_dense_tensors`, and `to` float32 (DeepSpeed 0.19.8, `stage_1_and_2.py`)."""
-    found = plan(run(engine={"stage": 1}), "qwen2.5-0.5b", CPU, 1)
-    (copy,) = (part for part in found.memory.worker if part.name == "AdamW's copy")
-    assert copy.bytes == (2 + 4) * found.trained
+@pytest.mark.parametrize(
+    ("engine", "dtype", "each"),
+    [
+        ({"stage": 0}, "bfloat16", 0),
+        ({"stage": 1}, "bfloat16", 2 + 4),
+        ({"stage": 1}, "float32", 4),
+        ({"stage": 1, "offload_optimizer": True}, "bfloat16", 0),
+        ({"stage": 2}, "bfloat16", 0),
+        ({"stage": 2, "accumulate_dtype": "bfloat16"}, "bfloat16", 2 + 4),
+        ({"stage": 2}, "float32", 4),
+        ({"stage": 3}, "bfloat16", 4),
+        ({"stage": 3, "accumulate_dtype": "bfloat16"}, "bfloat16", 2 + 4),
+        ({"stage": 3, "offload_optimizer": True}, "bfloat16", 0),
+    ],
+)
+def test_gradients_are_copied_flat_for_adamw_in_their_own_type_and_then_in_float32(engine, dtype, each):
+    """As DeepSpeed 0.19.8 flattens them and has them `to` float32 (`stage_1_and_2.py`, `stage3.py`)."""
+    config = run(engine=engine)
+    held = holding_of(config, shape("qwen2.5-7b"), workers=2, dtype=dtype, device="gpu")
+    own = held.trained // 2
+    assert adamws_copy(held).bytes == each * (min(own, 10**9) if engine["stage"] == 3 else own)
+
+
+def test_at_stage_1_gradients_of_other_workers_are_gone_before_adamw():
+    one, two = (
+        plan(run(engine={"stage": 1}), "qwen2.5-0.5b", Cluster(None, workers, workers, 200 * 2**30), workers)
+        for workers in (1, 2)
+    )
+    parts = [{part.name: part.bytes for part in found.memory.worker} for found in (one, two)]
+    assert parts[0]["gradients"] == 2 * one.trained and parts[0]["AdamW's copy"] == 6 * one.trained
+    # Of two the reduction is higher: all gradients, those of the own part, and a copy of 4 bytes of a bucket.
+    assert "AdamW's copy" not in parts[1]
+    assert (parts[1]["gradients"], parts[1]["own gradients"]) == (2 * two.trained, two.trained)
 
 
 def test_a_cpu_keeps_as_much_of_activations_as_was_measured_until_it_is_calibrated():

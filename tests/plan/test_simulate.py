@@ -12,8 +12,18 @@ import pytest
 from mlc_ray.cli import main
 from mlc_ray.config import ConfigError, SimulationConfig, load_config, parse_config
 from mlc_ray.plan.costs import START_SECONDS, Costs, daly, slowest, young
-from mlc_ray.plan.simulate import LOSSES, SimulationError, _Run, best_interval, growth, optimum, simulate
-from mlc_ray.report.simulation import findings
+from mlc_ray.plan.simulate import (
+    LOSSES,
+    Growth,
+    SimulationError,
+    _Run,
+    best_interval,
+    growth,
+    optimum,
+    run_of,
+    simulate,
+)
+from mlc_ray.report.simulation import findings, tables
 
 
 def settings(**changes: Any) -> SimulationConfig:
@@ -177,6 +187,9 @@ def test_a_run_that_hardly_gets_on_is_given_up_after_500_lost_nodes() -> None:
     assert not run.finished and run.lost_nodes == 500
     slow = simulate(settings(node_mtbf_hours=8 * 20 / 3600, checkpoint_every=1, repetitions=2))
     assert not slow.finished and slow.lost_nodes == 500 and slow.goodput.value > 0
+    found = run_of(settings(node_mtbf_hours=8 * 11 / 3600, repetitions=2))
+    (by_interval, _) = tables(settings(), found, Growth((), None))
+    assert [cell.text for cell in by_interval.rows[0].cells].count("does not end") == 1
     enough = simulate(settings(node_mtbf_hours=8 * 90 / 3600, checkpoint_every=20, repetitions=2))
     assert enough.finished and enough.lost_nodes > 500
 

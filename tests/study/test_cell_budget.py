@@ -254,6 +254,10 @@ def test_what_does_not_fit_or_is_not_known_is_named_and_the_rest_is_counted() ->
     assert [len(table.rows) for table in study_budget_tables(found)] == [7, 4]
     alone = study_budget(configured(models={"none": {"path": "/no/model"}}), H100)
     assert "whether it fits the cluster is not known" in study_budget_lines(alone)
+    deep = study_budget(configured(methods={"sft": ["objective={loss: sft}"], "deep": ["mlc.layer=29"]}), H100)
+    fitting, lacking = deep.methods
+    assert fitting.hours is not None and lacking.hours is None
+    assert lacking.fault.startswith("qwen deep: mlc.layer=29 is outside 0..28")
     few = study_budget(configured(), cluster_of(4, "h100"))
     assert few.methods[0].hours is None and "cluster.workers=8, but the cluster has 4 GPUs" in few.methods[0].fault
 
