@@ -493,7 +493,7 @@ def test_a_search_is_planned_in_the_type_that_its_nodes_compute_in(monkeypatch: 
 
 
 def test_trials_and_engines_that_do_not_fit_together_are_refused() -> None:
-    node = Cluster(None, 1, 1, 31 * 2**30)
+    node = Cluster(None, 1, 1, 44 * 2**30)
 
     def check(dtype: str) -> None:
         scoring = {"benchmarks": [{"path": "sample:select"}], "engine": {"dtype": dtype, "replicas": 4}}
@@ -501,7 +501,9 @@ def test_trials_and_engines_that_do_not_fit_together_are_refused() -> None:
         checks.check_plan(config, make_space(config), gpu=False, cluster=node)
 
     check("bfloat16")
-    with pytest.raises(PlanError, match=r"concurrency=1 trials of .* the engines beside them 15\.4, .* have 31\.0"):
+    with pytest.raises(
+        PlanError, match=r"concurrency=1 trials of .* the engines beside them 26\.7, .* have 40\.2 for them"
+    ):
         check("float32")
 
 

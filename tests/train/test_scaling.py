@@ -148,7 +148,7 @@ def test_a_recipe_on_less_than_it_names_is_refused():
 def test_a_node_with_less_memory_than_its_processes_take_is_refused():
     config = load_config(TrainConfig, next(file for file in FILES if file.stem == "qwen2.5-0.5b"))
     little = cluster_of(1, "h100", node_memory=2**30)
-    with pytest.raises(PlanError, match=r"2\.0 GiB of each node's memory, which has 1\.0"):
+    with pytest.raises(PlanError, match=r"4\.4 GiB of each node's memory, which has 0\.9"):
         check_run(config, gpu=True, weights=assumed(config), cluster=little)
 
 
