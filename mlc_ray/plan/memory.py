@@ -294,12 +294,13 @@ def peak(
         base.append(Part("gaps", round(grown * plainly), f"{grown:.2f} of a forward that keeps all, as measured"))
     stays = held.device == "gpu" or held.stage == 3  # the bucket, also while nothing is reduced
     left = [] if held.device == "gpu" else [_left_on_the_heap(shape, row, acts, held.size)]
+    own = _of_own(held)
     phases = [
         [*base, *([grads] if forwards > 1 or held.stage == 3 else []), *([collected] if stays else []), *acts],
-        [*base, grads, _of_own(held), collected, reduced, *left],
+        [*base, grads, own, collected, reduced, *left],
         [
             *base,
-            _of_own(held) if held.stage == 1 and held.workers > 1 else grads,
+            own if own.bytes else grads,
             *([collected] if held.stage == 3 else []),
             adamws_copy(held),
             *left,

@@ -53,6 +53,7 @@ from mlc_ray.train.run_folder import load_run_config
 from mlc_ray.types import Kind, primary_language
 
 logger = logging.getLogger(__name__)
+
 TIES = 20_260
 """Seed of the lots that are drawn between points which are equally good in a resample."""
 
@@ -79,6 +80,7 @@ class ScaleRecorder:
 
     def __init__(self, plan: ScalePlan, folder: Place, *, gpu: bool) -> None:
         self.failures: dict[str, str] = {}
+        self._used: dict[Place, Supervision] = {}  # by run; finding it reads the data
         self._plan, self._folder, self._gpu = plan, folder, gpu
 
     def write(self) -> StudyResult:
@@ -193,13 +195,16 @@ class ScaleRecorder:
         seconds = _score_seconds(before)
         cells = [CellOutcome(f"{size}-{UNTOUCHED}", size, UNTOUCHED, None, "scored", score_seconds=seconds)]
         for name, seed, score in zip(found.confirmation.best.runs, found.seeds, scores, strict=True):
-            rows, used = read_metrics(_run(folder, name)), _supervision(folder, name)
+            run = _run(folder, name)
+            if run not in self._used:
+                self._used[run] = _supervision(folder, run)
+            rows, used = read_metrics(run), self._used[run]
             workers = search.run.cluster.most_workers
             cells.append(
                 CellOutcome(
                     f"{size}-{name}", size, BEST, seed, "scored",
                     steps=int(rows[-1]["step"]) if rows else 0, workers=workers,
-                    seconds=workers * _seconds(_run(folder, name)), score_seconds=_score_seconds(score),
+                    seconds=workers * _seconds(run), score_seconds=_score_seconds(score),
                     prompt_tokens=used.prompts, answer_tokens=used.answers,
                 )
             )  # fmt: skip
@@ -210,13 +215,14 @@ def _run(folder: Place, name: str) -> Place:
     return folder / TRIALS_FOLDER / name
 
 
-def _supervision(folder: Place, name: str) -> Supervision:
+def _supervision(folder: Place, run: Place) -> Supervision:
     """What the loss of a run of a search read; nothing where its token rows, or what they were made of, are gone."""
-    config = load_run_config(_run(folder, name))
+    config = load_run_config(run)
     cache = artifact_cache(folder / TRIALS_FOLDER)
     try:
         tokens = prepared_tokens(config.data, config.model, chat=config.chat, cache_dir=cache)
-    except MlcRayError:
+    except MlcRayError as error:
+        logger.warning("the tokens of supervision of %s are not known: %s", run, error)
         tokens = None
     return Supervision([], {}, {}) if tokens is None else supervision_of(config, tokens)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mlc_ray.score.results import load_records, load_scores
 from mlc_ray.search.objectives.average import Average
 from mlc_ray.search.objectives.base import make_objective
 from mlc_ray.show import show
+from mlc_ray.stats.rates import Interval
 from mlc_ray.stats.significance import holm
 from mlc_ray.storage import Place
 from mlc_ray.study.budget import model_size, plan_of
@@ -196,15 +198,23 @@ def test_the_interval_of_the_best_is_over_resamples_of_the_bundles_that_chose(fo
         records = load_records(load_scores(trial / "scores/step-000003"))
         ranks.append(_ranks(records))
         values.append(trial.name)
-    drawn_ranks = np.array(ranks)
-    equal = drawn_ranks == drawn_ranks.max(axis=0)
-    layers = [0.5, 0.5, "last", "last"]
-    chosen = [each["mlc.layer"] for each in drawn]
-    possible = [{layers[index] for index in np.flatnonzero(column)} for column in equal.T]
-    assert all(layer in which for layer, which in zip(chosen, possible, strict=True))
-    # Of equally good ones neither is preferred for being the first.
-    between = [layer for layer, which in zip(chosen, possible, strict=True) if len(which) == 2]
-    assert not between or 0.1 < between.count("last") / len(between) < 0.9
+    best = np.argmax(ranks, axis=0)
+    layers = [[0.5, 0.5, "last", "last"][index] for index in best]
+    assert [each["mlc.layer"] for each in drawn] == layers
+
+
+class AllEqual(Average):
+    """An objective by which every point is as good as any other."""
+
+    def drawn(self, *records: Any) -> Any:
+        return np.zeros(2000)
+
+
+def test_of_equally_good_points_none_is_preferred_for_being_the_first(folder: Path) -> None:
+    place = Place(folder) / "cells/small"
+    drawn = best_values(place, AllEqual(load_scale(Place(folder)).searches[0].config.objective))
+    of_each = Counter((each["mlc.layer"], each["mlc.weight"]) for each in drawn)
+    assert len(of_each) == 4 and min(of_each.values()) > 400
 
 
 def _ranks(records: Any) -> list[float]:
@@ -235,6 +245,10 @@ def test_trends_are_corrected_together_and_say_what_they_cannot(result: Any) -> 
     notes = " ".join(scale_notes(result.scaling))
     assert "transfer (points): it cannot be told whether it moves with size" in notes
     assert "The best layer of small, middle, large is the last" in notes and "count as one family" in notes
+    same = [replace(each, slope=Interval(0.0, 0.0, 0.0), p_holm=1.0) for each in trends]
+    assert scale_notes(replace(result.scaling, trends=tuple(same)))[0] == (
+        "best layer (fraction of the depth) is the same at all 3 sizes."
+    )
 
 
 def test_the_report_has_points_trends_and_the_budget(folder: Path, result: Any, tmp_path: Path) -> None:
