@@ -1,9 +1,13 @@
-"""How likely trained models find what the untouched one said to held-out benign prompts, by language.
+"""How likely trained models still find what the untouched one said to held-out benign prompts, by language.
 
-Of each response in a study's `untouched/MODEL` with which the model complied: the log-prob of its tokens behind its
-prompt, without the end of the turn, by the untouched model and by each of the study's models. The table has the mean
-log-prob a token in nats of the untouched model, and of each method the change of it as a share of that, as the mean
-over seeds.
+Of each response in a study's `untouched/MODEL` with which the model complied in the prompt's language: the log-prob of
+its tokens behind its prompt, without the end of the turn, by the untouched model and by each of the study's models.
+Printed is the change in nats a token (trained less untouched; below 0 is less likely: by -0.1 a token has 0.905 of its
+probability), as a mean over responses, and over seeds with the lowest and highest of them. The first three tokens,
+where a refusal begins, stand apart from the others.
+
+It is no measure of utility. The responses are greedy, so that any change of weights tends to make them less likely;
+training on the model's own answers makes such texts likelier.
 
     python benchmarks/kept_likelihood.py runs/study-recipe
     python benchmarks/kept_likelihood.py runs/study-recipe --dtype float32 --methods recipe
@@ -14,9 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,36 +32,47 @@ from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 from mlc_ray.device import resolved
 from mlc_ray.report.collect import read_responses
 from mlc_ray.stats.rates import language_order
+from mlc_ray.types import primary_language
 
 AT_ONCE, LONGEST = 8, 4096
 """Responses that are read at once, and tokens of the longest prompt."""
 
-Asked = Mapping[str, Sequence[tuple[list[int], list[int]]]]
+FIRST = 3
+"""Tokens in which a refusal begins."""
+
+PARTS = (f"the first {FIRST} tokens", "the others")
+
+Asked: TypeAlias = Mapping[str, Sequence[tuple[list[int], list[int]]]]
 """Ids of prompts and responses, by language."""
 
+Likelihoods: TypeAlias = Mapping[tuple[str, str], list[float]]
+"""Mean log-prob of a token in nats, of each response, by language and part."""
 
-def asked_of(folder: Path, model: str, chat: ChatSection) -> Asked:
-    """The benign prompts of a score with which the model complied, and its responses."""
+
+def asked_of(folder: Path, model: str, chat: ChatSection) -> tuple[Asked, Counter[str]]:
+    """The benign prompts of a score that the model answered in their language, with its responses; and all, counted."""
     template = ChatTemplate(load_tokenizer(model), chat, prompts_only=True)
-    found = defaultdict(list)
+    found, asked = defaultdict(list), Counter[str]()
     for row in read_responses(folder / "responses.parquet"):
-        if (row.kind, row.behaviour) == ("benign", "complied") and row.response:
+        if row.kind != "benign":
+            continue
+        asked[row.language] += 1
+        told = row.response_language is not None and primary_language(row.response_language)
+        if row.behaviour == "complied" and row.response and told == primary_language(row.language):
             prompt, _ = template.encode_prompt(row.prompt, LONGEST)
             response = template.tokenizer(row.response, add_special_tokens=False)["input_ids"]
             found[row.language].append((prompt, response))
-    return {code: found[code] for code in sorted(found, key=language_order)}
+    return {code: found[code] for code in sorted(found, key=language_order)}, asked
 
 
 @torch.inference_mode()
-def likelihoods(model: str, asked: Asked, dtype: str) -> dict[str, float]:
-    """Mean log-prob of a response's token, in nats, by language."""
+def likelihoods(model: str, asked: Asked, dtype: str) -> Likelihoods:
+    """Of all responses, in the same order for every model."""
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    found = {}
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for code, pairs in asked.items():
-        total, tokens = 0.0, 0
-        ordered = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
-        for start in range(0, len(ordered), AT_ONCE):
-            some = ordered[start : start + AT_ONCE]
+        for start in range(0, len(pairs), AT_ONCE):
+            some = pairs[start : start + AT_ONCE]
             longest = max(len(prompt) + len(response) for prompt, response in some)
             ids = torch.zeros(len(some), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)
@@ -67,14 +83,22 @@ def likelihoods(model: str, asked: Asked, dtype: str) -> dict[str, float]:
             for row, (prompt, response) in enumerate(some):
                 own = logits[row, len(prompt) - 1 : len(prompt) + len(response) - 1].float()
                 target = ids[row, len(prompt) : len(prompt) + len(response)]
-                total -= float(F.cross_entropy(own, target, reduction="sum"))
-            tokens += sum(len(response) for _, response in some)
-        found[code] = total / tokens
+                each = -F.cross_entropy(own, target, reduction="none")
+                for part, numbers in zip(PARTS, (each[:FIRST], each[FIRST:]), strict=True):
+                    if len(numbers):
+                        found[code, part].append(float(numbers.mean()))
     return found
 
 
+def changed(before: Likelihoods, seeds: Sequence[Likelihoods], key: tuple[str, str]) -> str:
+    """The change of a part of a language's responses: mean over seeds, and the lowest and highest of them."""
+    values = [statistics.mean(new - old for new, old in zip(after[key], before[key], strict=True)) for after in seeds]
+    spread = f" ({min(values):+.3f} to {max(values):+.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.3f}{spread}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every model of a study that is kept, and print the table."""
+    """Measure every model of a study that is kept, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="folder of a study with keep_models: true")
     parser.add_argument("--methods", nargs="*", help="these alone")
@@ -86,23 +110,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.methods or ()) - plan["methods"].keys():
         parser.error(f"--methods {' '.join(unknown)}: the study has {', '.join(plan['methods'])}")
     for name, section in plan["models"].items():
-        asked = asked_of(options.study / "untouched" / name, section["path"], chat)
-        untouched = likelihoods(section["path"], asked, dtype)
-        changes: dict[str, list[dict[str, float]]] = defaultdict(list)
+        asked, prompts = asked_of(options.study / "untouched" / name, section["path"], chat)
+        before = likelihoods(section["path"], asked, dtype)
+        after: dict[str, list[Likelihoods]] = defaultdict(list)
         for method in options.methods or plan["methods"]:
             for seed in plan["seeds"]:
                 folder = options.study / "cells" / f"{name}-{method}-{seed}" / "model"
                 if folder.is_dir():
-                    own = likelihoods(str(folder), asked, dtype)
-                    changes[method].append({code: own[code] / untouched[code] - 1 for code in asked})
-        if not changes:
+                    after[method].append(likelihoods(str(folder), asked, dtype))
+        if not after:
             parser.error(f"{options.study} has no model of {name} that is kept (keep_models: true)")
-        print(f"| {name} | responses | untouched | {' | '.join(changes)} |\n|{'---|' * (3 + len(changes))}")
+        seeds = ", ".join(f"{method} {len(found)}" for method, found in after.items())
+        print(f"{name} in {dtype}; seeds: {seeds}; change in nats a token\n")
+        heads = [f"{method}, {part}" for method in after for part in PARTS]
+        print(f"| language | responses | untouched, nats a token | {' | '.join(heads)} |\n|{'---|' * (3 + len(heads))}")
         for code, pairs in asked.items():
-            # A log-prob is below 0: one that is larger by a share is less likely.
-            shares = [f"{-statistics.mean(each[code] for each in found):+.1%}" for found in changes.values()]
-            print(f"| {code} | {len(pairs)} | {untouched[code]:.3f} | {' | '.join(shares)} |")
-        print(f"{name}: {', '.join(f'{method} {len(found)}' for method, found in changes.items())} seeds, in {dtype}")
+            own = " / ".join(f"{statistics.mean(before[code, part]):.2f}" for part in PARTS)
+            cells = [changed(before, found, (code, part)) for found in after.values() for part in PARTS]
+            print(f"| {code} | {len(pairs)} of {prompts[code]} | {own} | {' | '.join(cells)} |")
     return 0
 
 

@@ -347,7 +347,8 @@ def _tests(result: StudyResult, model: str) -> Table | None:
         lines.append(row(f"{pair[1]} − {pair[0]}", numbers))
     return table(
         f"{model}: which methods are told apart", heads, lines,
-        "change in points; paired by bundle, the largest p over the seeds, after Holm's correction over all tests",
+        "change in points; paired by bundle, the largest p over the seeds, after Holm's correction over all tests. "
+        f"Told apart where p is at most {LEVEL} and the interval over bundles and seeds leaves 0 out",
     )  # fmt: skip
 
 

@@ -265,6 +265,19 @@ def test_holms_correction_is_over_all_tests_of_the_study() -> None:
     assert found[0].p_holm == pytest.approx(6 * min(test.p for test in tests))
 
 
+def test_seeds_that_differ_much_tell_nothing_apart_however_sure_each_is() -> None:
+    def run(refused: int) -> list[Judged]:
+        some = [replace(r, behaviour="refused") for r in said("b", "harmful", "en", refused=False)[:refused]]
+        return [*some, *said("b", "harmful", "en", refused=False)[refused:], *said("b", "benign", "en", refused=False)]
+
+    first = read_verdicts({seed: run(0) for seed in (1, 2, 3)})
+    apart, alike = read_verdicts({1: run(8), 2: run(9), 3: run(20)}), read_verdicts({s: run(8 + s) for s in (1, 2, 3)})
+    for second, told in ((apart, False), (alike, True)):
+        harmful = corrected(method_tests("m", {"a": first, "b": second}))[0]
+        assert harmful.p_holm < 0.05 and harmful.told_apart is told  # by bundles each seed is sure
+        assert (harmful.change.low < 0) is not told
+
+
 @pytest.mark.parametrize(("seeds", "times", "wide"), [(2, 300, 85), (3, 300, 59), (5, 60, 35)])
 def test_intervals_hold_what_other_seeds_and_bundles_would_give(seeds: int, times: int, wide: int) -> None:
     """Coverage, as docs/study.md has it: models whose true rate is 50 %, drawn with their own shift, on bundles that
