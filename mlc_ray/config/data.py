@@ -71,6 +71,11 @@ class DataSection(Section):
         "fail", description="What an invalid row does; either way every one is written to the rejects file."
     )
     languages: list[str] | None = Field(None, description="Use only these languages of each bundle (default: all).")
+    other_languages: PositiveInt | None = Field(
+        None,
+        description="Use the response language and so many others of each bundle, first those that it has answers in, "
+        "then by a hash of its `pair` or else content, so that twins have the same (default: all). A step costs less.",
+    )
     max_prompt_tokens: PositiveInt = Field(
         512, description="A longer prompt loses the front of the user's text, never the template's tail."
     )

@@ -123,8 +123,11 @@ def bundle_id_of(bundle: Bundle) -> str:
     return fingerprint({**content, **further})
 
 
-def select_languages(bundle: Bundle, languages: Sequence[str] | None) -> list[str]:
+def select_languages(bundle: Bundle, languages: Sequence[str] | None, others: int | None = None) -> list[str]:
     """The bundle's languages that are in `languages` (None: all), sorted; answers in others are left out with them.
+
+    At most so many `others` than the response language are selected: those with answers first, then by `pair_number`,
+    as `one_other` of `mlc-ray translate` is.
 
     Raises:
         BundleError: none is left, or answers would lose the prompt they answer; the message names data.languages.
@@ -132,7 +135,12 @@ def select_languages(bundle: Bundle, languages: Sequence[str] | None) -> list[st
     kept = sorted(code for code in bundle.prompts if languages is None or code in languages)
     if not kept or (bundle.chosen is not None and bundle.response_language not in kept):
         raise BundleError(_too_few_languages(bundle, list(languages or []), kept))
-    return kept
+    if others is None:
+        return kept
+    order = [code for code in kept if code != bundle.response_language]
+    first = pair_number(bundle) % len(order) if order else 0
+    drawn = sorted((*order[first:], *order[:first]), key=lambda code: code not in bundle.answers)
+    return [code for code in kept if code == bundle.response_language or code in drawn[:others]]
 
 
 def _too_few_languages(bundle: Bundle, wanted: list[str], kept: list[str]) -> str:

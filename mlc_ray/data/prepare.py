@@ -323,7 +323,8 @@ def token_fingerprint(
             "sources": [file.fingerprint(contents) for file in _files(data.train)],
             "tokenizer": fingerprint_tokenizer(model.path),
             "chat": chat.model_dump(mode="json"),
-            "settings": data.model_dump(mode="json", exclude={"train", "validation"}),
+            # None is left out, so that a setting that a later version adds, unset, leaves what is prepared as it is.
+            "settings": data.model_dump(mode="json", exclude={"train", "validation"}, exclude_none=True),
         }
     )
 
@@ -340,7 +341,7 @@ class Tokenize:
 
     def __init__(self, data: DataSection, model: ModelSection, chat: ChatSection, folder: Place, work: Place):
         self.template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code), chat)
-        self.languages, self.fails = data.languages, data.on_invalid == "fail"
+        self.languages, self.others, self.fails = data.languages, data.other_languages, data.on_invalid == "fail"
         self.folder, self.work = folder, work
         self.limits = {
             "max_prompt_tokens": data.max_prompt_tokens,
@@ -357,7 +358,7 @@ class Tokenize:
 
         def tokens() -> Iterator[pa.Table]:
             failed = invalid.is_file()
-            for parsed in parse(reading, self.languages):
+            for parsed in parse(reading, self.languages, self.others):
                 bundles = read.bundles(parsed)
                 if self.fails and read.reasons and not failed:
                     failed = True

@@ -379,24 +379,26 @@ def _open(path: str, part: Part | None, format: str) -> tuple[Format, Opened]:
 # ------------------------------------------------------------------------------------------------ bundles as tables
 
 
-def parse(reading: Reading, languages: list[str] | None) -> Iterator[pa.Table]:
+def parse(reading: Reading, languages: list[str] | None, others: int | None = None) -> Iterator[pa.Table]:
     """What `reading` reads as tables of `PARSED`, 512 rows each.
 
-    Bundles are restricted to `languages` (None: all); their ids stay those of the whole content.
+    Bundles are restricted as by `select_languages`; their ids stay those of the whole content.
 
     Raises:
         BundleFileError: as `Reading.rows`.
     """
-    rows = ({"file": file, "line": line, **_columns(parsed, languages)} for file, line, parsed in reading.rows())
+    rows = (
+        {"file": file, "line": line, **_columns(parsed, languages, others)} for file, line, parsed in reading.rows()
+    )
     while some := list(islice(rows, _ROWS_AT_ONCE)):
         yield pa.Table.from_pylist(some, schema=PARSED)
 
 
-def _columns(parsed: Bundle | RejectedRow, languages: list[str] | None) -> dict[str, Any]:
+def _columns(parsed: Bundle | RejectedRow, languages: list[str] | None, others: int | None) -> dict[str, Any]:
     if isinstance(parsed, RejectedRow):
         # A lone surrogate that JSON escapes let through has no UTF-8 form; Arrow would refuse the whole table.
         return {"reason": parsed.reason, "text": parsed.text.encode("utf-8", "backslashreplace").decode("utf-8")}
     try:
-        return bundle_columns(parsed, select_languages(parsed, languages))
+        return bundle_columns(parsed, select_languages(parsed, languages, others))
     except BundleError as error:
         return {"reason": str(error), "text": json.dumps(bundle_columns(parsed), ensure_ascii=False)}

@@ -307,8 +307,9 @@ def tokenize_bundle(
     languages: Sequence[str] | None,
     max_prompt_tokens: int,
     max_response_tokens: int,
+    others: int | None = None,
 ) -> TokenRow:
-    """One bundle as ids; its languages in alphabetical order, restricted to `languages` (None: all).
+    """One bundle as ids; its languages in alphabetical order, restricted as by `select_languages`.
 
     `response_prompt` is `NO_PROMPT` where a bundle without answers lacks its response language.
 
@@ -318,7 +319,8 @@ def tokenize_bundle(
         TemplateError: the template is unusable.
     """
     template = tokenizer if isinstance(tokenizer, ChatTemplate) else ChatTemplate(tokenizer)
-    table = pa.Table.from_pylist([bundle_columns(bundle, select_languages(bundle, languages))], schema=BUNDLES)
+    kept = select_languages(bundle, languages, others)
+    table = pa.Table.from_pylist([bundle_columns(bundle, kept)], schema=BUNDLES)
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_response_tokens": max_response_tokens}
     return table_to_rows(tokenize_table(table, template, **limits))[0]
 

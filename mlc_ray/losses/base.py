@@ -242,14 +242,16 @@ class Term(ABC):
     batch."""
     needs_decisions: ClassVar[bool] = False
     """Whether it reads how likely responses are to open as refusals (`openings`)."""
-    needs_languages: ClassVar[bool] = True
-    """Whether it reads all of a bundle's languages, mostly to relate them to each other: its mean is then over the
-    bundles that have two. Else it reads the response language alone, of all bundles."""
+    needs_languages: bool = True
+    """Whether it reads all of a bundle's languages; else the response language alone."""
+    relates_languages: ClassVar[bool] = True
+    """Whether one that `needs_languages` relates them to each other: its mean is then over the bundles that have two,
+    and else over all."""
     needs_reference_logits: ClassVar[bool] = False
     """Whether it compares whole distributions of next tokens with those of a frozen reference, on benign bundles:
     that one is asked at every step then (`reference: online`)."""
     carries: ClassVar[bool] = True
-    """Whether one that `needs_languages` carries into the others what the response language has learned."""
+    """Whether one that `relates_languages` carries into the others what the response language has learned."""
     needs_kinds: ClassVar[bool] = False
     """Whether it needs bundles of both kinds."""
     needs_pairs: ClassVar[bool] = False
@@ -257,6 +259,11 @@ class Term(ABC):
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
+
+    @property
+    def of_two(self) -> bool:
+        """Whether its mean is over the bundles that have two languages."""
+        return self.needs_languages and self.relates_languages
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> TermLoss:

@@ -111,7 +111,7 @@ class Objective:
             steps = (
                 step for step in range(0, total_steps, self.config.mlc.every) if term.settings.factor(step, total_steps)
             )
-            if term.needs_languages and term.carries and (first := next(steps, None)) is not None:
+            if term.of_two and term.carries and (first := next(steps, None)) is not None:
                 found.setdefault(first, []).append(name)
         return found
 
@@ -222,10 +222,10 @@ class Objective:
             if not factor or (here is None and not term.needs_decisions):
                 continue
             result = _term_loss(name, term, here, decisions, kept, reference_state, groups)
-            own_weight = term_weight if term_weight is not None and term.needs_languages else weight
+            own_weight = term_weight if term_weight is not None and term.of_two else weight
             of_bundles = factor * term.settings.weight * own_weight
             total = total + (result.loss.to(total.dtype) * of_bundles).sum()
-            logged = of_terms if term.needs_languages else metrics
+            logged = of_terms if term.of_two else metrics
             logged[f"loss/{name}"] = result.loss.detach()
             logged |= {f"{name}/{key}": value.detach() for key, value in result.metrics.items()}
         return LossOutput(loss=total, metrics=metrics, term_metrics=of_terms)

@@ -127,7 +127,7 @@ def of_artifact(tokens: object) -> Weights:
 
 def assumed(config: TrainConfig, because: str = "") -> Weights:
     """As published, where neither data nor tokenizer is at hand."""
-    languages = len(config.data.languages or ()) or LANGUAGES
+    languages = min(len(config.data.languages or ()) or LANGUAGES, 1 + (config.data.other_languages or LANGUAGES))
     prompts = languages * (HEAD + PROMPT)
     one = [languages, prompts, HEAD + PROMPT, ANSWER, ANSWER, *[(languages - 1) * ANSWER] * 2, languages - 1]
     bundles, lacking = _count(config)
@@ -199,7 +199,7 @@ def _of_sample(config: TrainConfig, *, count: bool) -> Weights:
         some = [row.parsed for row in islice(found, each) if isinstance(row.parsed, Bundle)]
         rows += [
             tokenize_bundle(
-                bundle, template, languages=data.languages,
+                bundle, template, languages=data.languages, others=data.other_languages,
                 max_prompt_tokens=data.max_prompt_tokens, max_response_tokens=data.max_response_tokens,
             )
             for bundle in some

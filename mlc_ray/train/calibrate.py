@@ -240,7 +240,7 @@ def rows_of(config: TrainConfig, number: int) -> list[TokenRow]:
             if isinstance(row.parsed, Bundle):
                 rows.append(
                     tokenize_bundle(
-                        row.parsed, template, languages=config.data.languages,
+                        row.parsed, template, languages=config.data.languages, others=config.data.other_languages,
                         max_prompt_tokens=config.data.max_prompt_tokens,
                         max_response_tokens=config.data.max_response_tokens,
                     )

@@ -55,6 +55,7 @@ KINDS: Mapping[str, Kind] = {
     "data.validation.min_decision_auc": Kind.FREE,
     "data.on_invalid": Kind.CONTENT,
     "data.languages": Kind.CONTENT,
+    "data.other_languages": Kind.CONTENT,
     "data.max_prompt_tokens": Kind.CONTENT,
     "data.max_response_tokens": Kind.CONTENT,
     "objective": Kind.FIXED,

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 
 from mlc_ray.data.bundles import BundleError, make_bundle, select_languages
@@ -108,3 +110,25 @@ def test_selecting_languages_never_orphans_an_answer():
         select_languages(bundle, ["zh-Hant"])
     unanswered = make_bundle({**GOOD, "chosen": None, "rejected": None})
     assert select_languages(unanswered, ["zh-Hant"]) == ["zh-Hant"]
+
+
+def test_some_other_languages_are_those_with_answers_and_then_drawn_alike_for_twins():
+    codes = ["ar", "en", "es", "fr", "sw"]
+    drawn = Counter()
+    for number in range(400):
+        prompts = {code: f"{number} {code}" for code in codes}
+        harmful, benign = (
+            make_bundle({"kind": kind, "prompts": {c: f"{kind} {p}" for c, p in prompts.items()}, "pair": f"p{number}"})
+            for kind in ("harmful", "benign")
+        )
+        one, two = (select_languages(harmful, None, others) for others in (1, 2))
+        assert one == select_languages(benign, None, 1) and len(one) == 2 and len(two) == 3 and {*one} < {*two}
+        drawn.update(one)
+        given = make_bundle(
+            {**vars(harmful), "chosen": "No.", "answers": {"fr": {"chosen": "Non."}}, "bundle_id": None}
+        )
+        assert select_languages(given, None, 1) == ["en", "fr"] and "fr" in select_languages(given, None, 3)
+        assert (
+            select_languages(harmful, ["en", "sw"], 3) == ["en", "sw"] and select_languages(harmful, None, 9) == codes
+        )
+    assert drawn.pop("en") == 400 and all(70 < count < 130 for count in drawn.values()) and len(drawn) == 4

@@ -168,6 +168,14 @@ def test_token_rows_on_disk_are_what_tokenising_gives(prepared):
         artifact.rows([COUNT])
 
 
+def test_fewer_languages_of_each_bundle_are_another_artefact(prepared):
+    data, model, cache, whole = prepared
+    fewer = prepare_token_rows(data.model_copy(update={"other_languages": 1}), model, cache_dir=cache)
+    assert fewer.fingerprint != whole.fingerprint and len(fewer) == len(whole)
+    rows = zip(fewer.rows(range(len(fewer))), whole.rows(range(len(whole))), strict=True)
+    assert {(len(one.languages), len(all_.languages)) for one, all_ in rows} == {(2, 2), (2, 3)}
+
+
 def test_an_artefact_is_used_again_wherever_its_source_lies(prepared, tmp_path):
     data, model, cache, artifact = prepared
     rows = Path(artifact.folder) / shard_file(0)

@@ -91,6 +91,40 @@ def test_the_decision_is_cross_entropy_and_its_gradient_has_the_sign_of_the_kind
     assert result.metrics["accuracy"].tolist() == [float((x > 0) == h) for x, h in zip(m, HARMFUL, strict=True)]
 
 
+def test_the_decision_of_all_languages_is_their_mean():
+    decisions = given()
+    result = Decision(Decision.Settings(name="decision", languages="all"))(decisions)
+    p = torch.sigmoid(decisions.log_odds.detach())
+    each = torch.where(HARMFUL.unsqueeze(1), -p.log(), -(1 - p).log())
+    rows = [[0, 1, 2, 3], [0, 2, 3], [2], [0, 1]]
+    assert torch.allclose(result.loss, torch.stack([each[b, row].mean() for b, row in enumerate(rows)]), rtol=1e-10)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((result.loss * weights).sum(), decisions.log_odds)
+    share = weights.unsqueeze(1) * PRESENT / PRESENT.sum(1, keepdim=True)
+    assert torch.allclose(gradient, share * (p - HARMFUL.double().unsqueeze(1)))
+    odds = decisions.log_odds.detach()
+    right = [(odds[b, row] > 0) == HARMFUL[b] for b, row in enumerate(rows)]
+    assert result.metrics["accuracy"].tolist() == pytest.approx([float(each.double().mean()) for each in right])
+    assert result.metrics["log_odds"].tolist() == pytest.approx(
+        [float(odds[b, row].mean()) for b, row in enumerate(rows)]
+    )
+
+
+def test_the_decision_of_all_languages_counts_each_bundle_and_begins_without_a_warning():
+    decisions = given()
+    made = objective(decision={"weight": 0.5, "languages": "all"})
+    assert made.widest_scope == "all" and made.ever_taps and not made.begins(10)
+    chosen = ResponseLogProbs(torch.full((4,), -6.0), torch.full((4,), 3))
+    term_weight = torch.tensor([1, 1, 0, 1]) / 3  # the third has one language, and a decision all the same
+    said = made.total_loss(
+        weight=torch.full((4,), 0.25), chosen=chosen, representations=torch.zeros(4, 4, 2), present=PRESENT,
+        term_weight=term_weight, decisions=decisions,
+    )  # fmt: skip
+    decided = Decision(Decision.Settings(name="decision", languages="all"))(decisions).loss
+    assert float(said.loss) == pytest.approx(float(said.metrics["loss/alignment"].mean() + 0.5 * decided.mean()))
+    assert said.metrics["loss/decision"].tolist() == pytest.approx(decided.tolist()) and not said.term_metrics
+
+
 def objective(**terms):
     return Objective(
         ObjectiveConfig.model_validate({"objective": {"loss": "sft"}, "mlc": {"weight": 0}, "terms": terms})

@@ -165,6 +165,8 @@ def test_without_data_and_tokenizer_the_published_means_are_said_to_be_assumed()
     assert weights.said.startswith("assumed: 10 languages")
     assert len(weights) == 2835
     assert weights_of(run(), None).said == weights.said
+    fewer = assumed(run(data={"train": [{"path": "sample:train"}], "other_languages": 2}))
+    assert fewer.said.startswith("assumed: 3 languages") and fewer.lengths.languages.tolist() == [3]
 
 
 def test_sources_are_tokenised_where_nothing_is_prepared(smollm2, tmp_path):
@@ -172,6 +174,8 @@ def test_sources_are_tokenised_where_nothing_is_prepared(smollm2, tmp_path):
     weights = weights_of(config, None)
     assert weights.said == "measured: 96 of 96 bundles, tokenised"
     assert weights.lengths.languages.mean() > 9
+    fewer = run(model={"path": str(smollm2)}, data={"train": [{"path": "sample:train"}], "other_languages": 1})
+    assert weights_of(fewer, None).lengths.languages.tolist() == [2] * 96
     (tmp_path / "own.jsonl").write_text("".join(sample_path("test").read_text().splitlines(keepends=True)[:10]))
     beside = run(
         model={"path": str(smollm2)}, data={"train": [{"path": "sample:train"}, {"path": str(tmp_path / "own.jsonl")}]}

@@ -109,8 +109,8 @@ def test_steps_are_those_of_one_worker_with_one_forward(run, trained):
             assert float((weights[name] - value).norm() / value.norm()) < 1e-5, name
 
 
-def plain_loss(model, rows, begun):
-    """The loss of a batch written out: SFT, the decision in English, consistency of bundles with two languages."""
+def plain_loss(model, rows, begun, languages):
+    """The loss of a batch written out: SFT, the decision in English or in all languages, consistency of two or more."""
     fitted, decided, drawn = [], [], []
     for row in rows:
         prompt = row.prompts[row.response_prompt]
@@ -120,9 +120,10 @@ def plain_loss(model, rows, begun):
             c: torch.logit(plain(model, p, OPENINGS[c]).double().exp())
             for c, p in zip(row.languages, row.prompts, strict=True)
         }
+        read = m.values() if languages == "all" else [m["en"]]
+        right = [torch.sigmoid(v if row.kind == "harmful" else -v) for v in read]
+        decided.append(-sum(map(torch.log, right)) / len(right))
         english = m.pop("en")
-        p = torch.sigmoid(english)
-        decided.append(-torch.log(p if row.kind == "harmful" else 1 - p))
         target = english.detach().clamp(-3, 3)
         far = [v for v in m.values() if not (abs(float(target)) == 3 and float(v.detach() * target) >= 9)]
         if m:
@@ -132,15 +133,16 @@ def plain_loss(model, rows, begun):
     return total + (0.3 * sum(drawn) / len(drawn) if begun else 0)
 
 
+@pytest.mark.parametrize("languages", ["response", "all"])
 @pytest.mark.parametrize("step", [0, 3])
-def test_a_step_s_loss_and_gradient_are_those_of_plain_forwards(step):
+def test_a_step_s_loss_and_gradient_are_those_of_plain_forwards(step, languages):
     """SFT + decision + consistency, rebuilt with one forward of transformers for each prompt and opening."""
-    config = configured()
+    config = configured(terms={**TERMS, "decision": {"weight": 0.5, "languages": languages}})
     objective = Objective(config)
     module, theirs = wrapped(config), wrapped(config).language_model
     (batch,) = next(steps_of(config, ROWS, 0, 1, branches=BRANCHES, start_step=step))
     by_id = {row.bundle_id: row for row in ROWS}
-    expected = plain_loss(theirs, [by_id[name] for name in batch.bundle_ids], begun=step >= 2)
+    expected = plain_loss(theirs, [by_id[name] for name in batch.bundle_ids], begun=step >= 2, languages=languages)
     result = loss_of(objective, batch, module(batch), ReferenceOutput(), objective.factors(step, STEPS))
     assert float(result.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     result.loss.backward()
