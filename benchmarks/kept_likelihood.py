@@ -6,8 +6,8 @@ Printed is the change in nats a token (trained less untouched; below 0 is less l
 probability), as a mean over responses, and over seeds with the lowest and highest of them. The first three tokens,
 where a refusal begins, stand apart from the others.
 
-It is no measure of utility. The responses are greedy, so that any change of weights tends to make them less likely;
-training on the model's own answers makes such texts likelier.
+It is no measure of utility. Greedy responses are the likeliest of the untouched model, so that any change of weights
+tends to make them less likely; training on the model's own answers makes such texts likelier.
 
     python benchmarks/kept_likelihood.py runs/study-recipe
     python benchmarks/kept_likelihood.py runs/study-recipe --dtype float32 --methods recipe
@@ -62,7 +62,7 @@ def asked_of(folder: Path, model: str, chat: ChatSection) -> tuple[Asked, Counte
             prompt, _ = template.encode_prompt(row.prompt, LONGEST)
             response = template.tokenizer(row.response, add_special_tokens=False)["input_ids"]
             found[row.language].append((prompt, response))
-    return {code: found[code] for code in sorted(found, key=language_order)}, asked
+    return {code: found[code] for code in sorted(asked, key=language_order)}, asked
 
 
 @torch.inference_mode()
@@ -92,6 +92,8 @@ def likelihoods(model: str, asked: Asked, dtype: str) -> Likelihoods:
 
 def changed(before: Likelihoods, seeds: Sequence[Likelihoods], key: tuple[str, str]) -> str:
     """The change of a part of a language's responses: mean over seeds, and the lowest and highest of them."""
+    if not before.get(key):
+        return "-"
     values = [statistics.mean(new - old for new, old in zip(after[key], before[key], strict=True)) for after in seeds]
     spread = f" ({min(values):+.3f} to {max(values):+.3f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):+.3f}{spread}"
@@ -111,6 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--methods {' '.join(unknown)}: the study has {', '.join(plan['methods'])}")
     for name, section in plan["models"].items():
         asked, prompts = asked_of(options.study / "untouched" / name, section["path"], chat)
+        if not any(asked.values()):
+            parser.error(
+                f"{options.study}/untouched/{name} has no benign response in its prompt's language; were "
+                "languages told (lingua-language-detector, of mlc_ray[score])?"
+            )
         before = likelihoods(section["path"], asked, dtype)
         after: dict[str, list[Likelihoods]] = defaultdict(list)
         for method in options.methods or plan["methods"]:
@@ -125,7 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         heads = [f"{method}, {part}" for method in after for part in PARTS]
         print(f"| language | responses | untouched, nats a token | {' | '.join(heads)} |\n|{'---|' * (3 + len(heads))}")
         for code, pairs in asked.items():
-            own = " / ".join(f"{statistics.mean(before[code, part]):.2f}" for part in PARTS)
+            own = " / ".join(
+                f"{statistics.mean(each):.2f}" if (each := before.get((code, part))) else "-" for part in PARTS
+            )
             cells = [changed(before, found, (code, part)) for found in after.values() for part in PARTS]
             print(f"| {code} | {len(pairs)} of {prompts[code]} | {own} | {' | '.join(cells)} |")
     return 0

@@ -73,8 +73,9 @@ class DataSection(Section):
     languages: list[str] | None = Field(None, description="Use only these languages of each bundle (default: all).")
     other_languages: PositiveInt | None = Field(
         None,
-        description="Use the response language and so many others of each bundle, first those that it has answers in, "
-        "then by a hash of its `pair` or else content, so that twins have the same (default: all). A step costs less.",
+        description="Train on the response language and so many others of each bundle, first those that it has answers "
+        "in, then drawn from `languages` by a hash of its `pair` or else content (default: all). Held-out bundles keep "
+        "all.",
     )
     max_prompt_tokens: PositiveInt = Field(
         512, description="A longer prompt loses the front of the user's text, never the template's tail."

@@ -126,8 +126,8 @@ def bundle_id_of(bundle: Bundle) -> str:
 def select_languages(bundle: Bundle, languages: Sequence[str] | None, others: int | None = None) -> list[str]:
     """The bundle's languages that are in `languages` (None: all), sorted; answers in others are left out with them.
 
-    At most so many `others` than the response language are selected: those with answers first, then by `pair_number`,
-    as `one_other` of `mlc-ray translate` is.
+    At most so many `others` than the response language are selected: those with answers first, then by `pair_number`
+    from all that bundles may have (`languages`, or else this one's own); one that the bundle lacks is the next one.
 
     Raises:
         BundleError: none is left, or answers would lose the prompt they answer; the message names data.languages.
@@ -137,9 +137,10 @@ def select_languages(bundle: Bundle, languages: Sequence[str] | None, others: in
         raise BundleError(_too_few_languages(bundle, list(languages or []), kept))
     if others is None:
         return kept
-    order = [code for code in kept if code != bundle.response_language]
+    order = sorted({*(languages or kept)} - {bundle.response_language})
     first = pair_number(bundle) % len(order) if order else 0
-    drawn = sorted((*order[first:], *order[:first]), key=lambda code: code not in bundle.answers)
+    drawn = [code for code in (*order[first:], *order[:first]) if code in kept]
+    drawn.sort(key=lambda code: code not in bundle.answers)
     return [code for code in kept if code == bundle.response_language or code in drawn[:others]]
 
 

@@ -323,8 +323,7 @@ def token_fingerprint(
             "sources": [file.fingerprint(contents) for file in _files(data.train)],
             "tokenizer": fingerprint_tokenizer(model.path),
             "chat": chat.model_dump(mode="json"),
-            # None is left out, so that a setting that a later version adds, unset, leaves what is prepared as it is.
-            "settings": data.model_dump(mode="json", exclude={"train", "validation"}, exclude_none=True),
+            "settings": data.model_dump(mode="json", exclude={"train", "validation"}),
         }
     )
 

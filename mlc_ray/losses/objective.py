@@ -264,6 +264,8 @@ def _check_facts(name: str, term: Term) -> None:
     others = given[1:] or [fact for fact in ("needs_group", "needs_reference_state") if given and getattr(term, fact)]
     if not (term.needs_languages or term.needs_decisions):
         others.append("needs_languages=False")
+    if not (term.relates_languages or term.needs_decisions):
+        others.append("relates_languages=False")
     if others:
         raise ConfigError(
             f"term {name!r} ({type(term).__name__}) has {' and '.join([*given[:1], others[0]])}: a term is given "

@@ -348,12 +348,13 @@ def _tests(result: StudyResult, model: str) -> Table | None:
     return table(
         f"{model}: which methods are told apart", heads, lines,
         "change in points; paired by bundle, the largest p over the seeds, after Holm's correction over all tests. "
-        f"Told apart where p is at most {LEVEL} and the interval over bundles and seeds leaves 0 out",
+        f"Told apart where p is at most {LEVEL} and the interval, of each test by itself, leaves 0 out",
     )  # fmt: skip
 
 
 def _test(found: MethodTest) -> Cell:
-    shown = [_limits(found.change, signed), p_value(found.p_holm), _TOLD[found.told_apart]]
+    one = "one seed" if found.seeds == 1 else ""
+    shown = [_limits(found.change, signed), p_value(found.p_holm), one, _TOLD[found.told_apart]]
     return cell(signed(found.change.value), *shown, tone="strong" if found.told_apart else "")
 
 
@@ -399,7 +400,9 @@ def study_notes(result: StudyResult) -> list[str]:
         )
     if result.tests:
         apart = sum(each.told_apart for each in result.tests)
-        notes.append(f"{apart} of {len(result.tests)} tests tell two methods apart after the correction.")
+        notes.append(
+            f"{apart} of {len(result.tests)} tests tell two methods apart by the corrected p and their intervals."
+        )
         if len(result.tests) > LEVEL * (FLIPS + 1):
             notes.append(
                 f"With {len(result.tests):,} tests no p-value by {FLIPS:,} random flips is small enough for the "

@@ -200,9 +200,9 @@ def probe(
 
 def probe_run(config: TrainConfig, folder: Place, *, limit: int | None, criterion: Criterion, gpu: bool) -> Probe:
     """Probe a run's model on the run's own bundles, of both kinds where its sources hold both."""
-    # `only` restricts what is trained on; a probe needs benign bundles to tell harmful ones from.
+    # These restrict what is trained on; a probe needs benign bundles to tell harmful ones from, in all languages.
     sources = [source.model_copy(update={"only": None}) for source in config.data.train]
-    data = config.data.model_copy(update={"train": sources})
+    data = config.data.model_copy(update={"train": sources, "other_languages": None})
     cache = artifact_cache(folder.parent / TRIALS_FOLDER)
     tokens = prepare_token_rows(data, config.model, chat=config.chat, cache_dir=cache)
     return probe_tokens(config.model, tokens, folder, limit=limit, criterion=criterion, branches=None, gpu=gpu)

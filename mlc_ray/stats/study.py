@@ -31,7 +31,7 @@ from mlc_ray.stats.study_languages import split_by_training, with_both
 from mlc_ray.types import Kind, Measure
 
 LEVEL = 0.05
-"""Two methods are told apart where the p-value after Holm's correction is at most this."""
+"""Two methods are told apart where p after Holm's correction is at most this, and the interval leaves 0 out."""
 
 Runs: TypeAlias = Mapping[int | None, Sequence[Judged]]
 """The verdicts of each model by its seed; of a model before training by None."""
@@ -97,7 +97,10 @@ class MethodTest:
 
     @property
     def told_apart(self) -> bool:
-        """Whether every seed tells them apart in the same direction, and the interval over seeds leaves 0 out."""
+        """Whether every seed tells them apart in the same direction, and the interval leaves 0 out.
+
+        The interval is of this test by itself, and with one seed over bundles alone.
+        """
         return self.p_holm <= LEVEL and not self.change.low <= 0 <= self.change.high
 
 

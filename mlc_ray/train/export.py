@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _PUBLISHED = ("seed", "reference", "optimizer", "train", "openings")
 """Sections of the settings that an export repeats unchanged; of the loss and the terms it repeats `public_settings`."""
 _PUBLISHED_OF_MODEL = ("dtype", "lora")
-_PUBLISHED_OF_DATA = ("languages", "max_prompt_tokens", "max_response_tokens")
+_PUBLISHED_OF_DATA = ("languages", "other_languages", "max_prompt_tokens", "max_response_tokens")
 _PUBLISHED_OF_SOURCE = ("format", "kind", "only", "share")
 
 

@@ -37,7 +37,7 @@ def held_out_section(data: DataSection) -> DataSection | None:
     """The settings by which `data.validation` becomes tokens, as training data do; None where there is none."""
     if data.validation is None:
         return None
-    return data.model_copy(update={"train": data.validation.sources, "validation": None})
+    return data.model_copy(update={"train": data.validation.sources, "validation": None, "other_languages": None})
 
 
 def check_held_out(tokens: TokenArtifact, training: TokenArtifact) -> None:

@@ -124,11 +124,15 @@ def test_some_other_languages_are_those_with_answers_and_then_drawn_alike_for_tw
         one, two = (select_languages(harmful, None, others) for others in (1, 2))
         assert one == select_languages(benign, None, 1) and len(one) == 2 and len(two) == 3 and {*one} < {*two}
         drawn.update(one)
-        given = make_bundle(
-            {**vars(harmful), "chosen": "No.", "answers": {"fr": {"chosen": "Non."}}, "bundle_id": None}
-        )
+        raw = {**vars(harmful), "bundle_id": None}
+        given = make_bundle({**raw, "chosen": "No.", "answers": {"fr": {"chosen": "Non."}}})
         assert select_languages(given, None, 1) == ["en", "fr"] and "fr" in select_languages(given, None, 3)
-        assert (
-            select_languages(harmful, ["en", "sw"], 3) == ["en", "sw"] and select_languages(harmful, None, 9) == codes
+        assert select_languages(harmful, ["en", "sw"], 3) == ["en", "sw"]
+        assert select_languages(harmful, None, 9) == codes
+        # Drawn from the languages of the data: of one that this bundle lacks the next is taken, and others stay.
+        lacking = make_bundle(
+            {**raw, "prompts": {code: text for code, text in harmful.prompts.items() if code != "fr"}}
         )
+        expected = select_languages(harmful, codes, 1)
+        assert select_languages(lacking, codes, 1) == (["en", "sw"] if "fr" in expected else expected)
     assert drawn.pop("en") == 400 and all(70 < count < 130 for count in drawn.values()) and len(drawn) == 4

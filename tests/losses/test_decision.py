@@ -121,7 +121,8 @@ def test_the_decision_of_all_languages_counts_each_bundle_and_begins_without_a_w
         term_weight=term_weight, decisions=decisions,
     )  # fmt: skip
     decided = Decision(Decision.Settings(name="decision", languages="all"))(decisions).loss
-    assert float(said.loss) == pytest.approx(float(said.metrics["loss/alignment"].mean() + 0.5 * decided.mean()))
+    expected = said.metrics["loss/alignment"].mean() + 0.5 * decided.mean()
+    assert float(said.loss.detach()) == pytest.approx(float(expected.detach()))
     assert said.metrics["loss/decision"].tolist() == pytest.approx(decided.tolist()) and not said.term_metrics
 
 
@@ -168,11 +169,12 @@ def test_consistency_needs_log_odds_and_no_tapped_states():
         {"needs_decisions": True, "needs_group": True},
         {"needs_decisions": True, "needs_reference_state": True},
         {"needs_languages": False},
+        {"relates_languages": False},
     ],
 )
 def test_facts_of_a_term_that_exclude_each_other_are_refused(facts, monkeypatch):
-    for fact in ("needs_decisions", "needs_group", "needs_reference_state", "needs_languages"):
-        monkeypatch.setattr(Consistency, fact, facts.get(fact, fact == "needs_languages"))
+    for fact in ("needs_decisions", "needs_group", "needs_reference_state", "needs_languages", "relates_languages"):
+        monkeypatch.setattr(Consistency, fact, facts.get(fact, fact.endswith("_languages")))
     refused = next(fact for fact in facts if fact != "needs_decisions")
     with pytest.raises(ConfigError, match=f"'consistency'.*{refused}.*make two terms"):
         objective(consistency={"weight": 0.3})

@@ -44,15 +44,15 @@ ROWS = random_rows(11, head=(5, 3, 8))
 HELD_OUT = random_rows(6, seed=9, head=(5, 3, 8))
 STEPS = 4  # consistency begins with the third
 WHOLE, PARTS = 10**6, 110
-TERMS = {"decision": {"weight": 0.5}, "consistency": {"weight": 0.3, "start": 0.5, "bound": 3.0}}
+TERMS = {"consistency": {"weight": 0.3, "start": 0.5, "bound": 3.0}}
 
 
-def configured(budget=WHOLE, stage=0, dtype="float32", lora=False, **sections):
+def configured(budget=WHOLE, stage=0, dtype="float32", lora=False, languages="response", **sections):
     adapters = {"lora": {"rank": 4}} if lora else {}
     settings = {
         "objective": {"loss": "sft"},
         "mlc": {"layer": 1, "every": 1, "extractor_dim": 16, "weight": 0},
-        "terms": TERMS,
+        "terms": {**TERMS, "decision": {"weight": 0.5, "languages": languages}},
         "train": {"epochs": 2, "batch_bundles": 6, "tokens_per_forward": budget},
         "optimizer": {"learning_rate": 5e-4},
         "model": {"path": "tiny", "dtype": dtype, **adapters},
@@ -70,12 +70,18 @@ def train(rank, plan):
 
 
 PLANS = {
-    1: [(WHOLE, 0, "float32", False), (WHOLE, 0, "float32", True), (WHOLE, 0, "bfloat16", False)],
+    1: [
+        (WHOLE, 0, "float32", False),
+        (WHOLE, 0, "float32", True),
+        (WHOLE, 0, "bfloat16", False),
+        (WHOLE, 0, "float32", False, "all"),
+    ],
     2: [
         (PARTS, 2, "float32", False),
         (PARTS, 3, "float32", False),
         (PARTS, 2, "float32", True),
         (PARTS, 2, "bfloat16", False),
+        (PARTS, 2, "float32", False, "all"),
     ],
 }
 
@@ -95,9 +101,8 @@ def test_steps_are_those_of_one_worker_with_one_forward(run, trained):
     (history, weights), (expected, wanted) = trained[2, *run], trained[1, WHOLE, 0, *run[2:]]
     exact = run[2] == "float32"
     assert max(row["forwards"] for row in history) > 1 == max(row["forwards"] for row in expected)
-    assert [("loss/consistency" in row, "term_bundles" in row) for row in history] == [(False,) * 2] * 2 + [
-        (True,) * 2
-    ] * 2
+    taps = [False, "all" in run]
+    assert [["loss/consistency" in row, "term_bundles" in row] for row in history] == [taps] * 2 + [[True, True]] * 2
     for row, want in zip(history, expected, strict=True):
         for name in (n for n in want if n.startswith(("loss/", "decision/", "consistency/"))):
             assert row[name] == pytest.approx(want[name], rel=1e-5 if exact else 5e-2, abs=1e-5 if exact else 2e-2), (
@@ -137,7 +142,7 @@ def plain_loss(model, rows, begun, languages):
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_step_s_loss_and_gradient_are_those_of_plain_forwards(step, languages):
     """SFT + decision + consistency, rebuilt with one forward of transformers for each prompt and opening."""
-    config = configured(terms={**TERMS, "decision": {"weight": 0.5, "languages": languages}})
+    config = configured(languages=languages)
     objective = Objective(config)
     module, theirs = wrapped(config), wrapped(config).language_model
     (batch,) = next(steps_of(config, ROWS, 0, 1, branches=BRANCHES, start_step=step))
