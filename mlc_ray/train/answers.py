@@ -27,7 +27,7 @@ def check_answers(config: TrainConfig, tokens: TokenArtifact) -> None:
     """
     if absent := sorted(set(config.data.languages or ()) - set(tokens.languages)):
         logger.warning(
-            "no bundle is trained on in %s, which data.languages names; bundles are in %s",
+            "no bundle is read in %s, which data.languages names; bundles are in %s",
             ", ".join(absent), ", ".join(tokens.languages),
         )  # fmt: skip
     objective = Objective(config)

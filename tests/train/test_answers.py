@@ -105,7 +105,7 @@ def test_languages_that_no_bundle_has_are_named(tmp_path, caplog):
     check_answers(
         tiny_config(data={"train": [{"path": "x"}], "languages": ["en", "xx", "sw"]}), TokenArtifact.open(tmp_path)
     )
-    assert "no bundle has a prompt in xx, which data.languages names; bundles are in ar, en, sw" in caplog.text
+    assert "no bundle is read in xx, which data.languages names; bundles are in ar, en, sw" in caplog.text
 
 
 def test_answers_may_be_given_in_some_languages_but_pairs_are_whole(tmp_path):
