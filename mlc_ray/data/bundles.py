@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
@@ -115,6 +115,13 @@ def pair_number(bundle: Bundle) -> int:
     return int(fingerprint(bundle.pair or bundle.bundle_id), 16)
 
 
+def drawn_order(languages: Collection[str], number: int) -> list[str]:
+    """Languages in alphabetical order, but begun with the one that a bundle's `pair_number` draws."""
+    order = sorted(languages)
+    first = number % len(order) if order else 0
+    return order[first:] + order[:first]
+
+
 def bundle_id_of(bundle: Bundle) -> str:
     """16 hex digits naming the content. `LABELS` are no content: they do not count."""
     names = ("kind", "prompts", "chosen", "rejected", "response_language")
@@ -137,10 +144,8 @@ def select_languages(bundle: Bundle, languages: Sequence[str] | None, others: in
         raise BundleError(_too_few_languages(bundle, list(languages or []), kept))
     if others is None:
         return kept
-    order = sorted({*(languages or kept)} - {bundle.response_language})
-    first = pair_number(bundle) % len(order) if order else 0
-    drawn = [code for code in (*order[first:], *order[:first]) if code in kept]
-    drawn.sort(key=lambda code: code not in bundle.answers)
+    drawn = drawn_order({*(languages or kept)} - {bundle.response_language}, pair_number(bundle))
+    drawn = sorted((code for code in drawn if code in kept), key=lambda code: code not in bundle.answers)
     return [code for code in kept if code == bundle.response_language or code in drawn[:others]]
 
 

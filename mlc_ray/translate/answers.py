@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from mlc_ray.config import ChatSection
 from mlc_ray.config.translate import OnPolicySection
-from mlc_ray.data.bundles import pair_number
+from mlc_ray.data.bundles import drawn_order, pair_number
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.blocks import joined
 from mlc_ray.generate.engine import Device
@@ -212,9 +212,7 @@ def answered_in(settings: OnPolicySection, number: int, languages: Iterable[str]
         return {"en"}
     if settings.languages == "all":
         return {"en", *others}
-    order = sorted({*among} - {"en"})
-    first = number % len(order)
-    return {"en", next(code for code in (*order[first:], *order[:first]) if code in others)}
+    return {"en", next(code for code in drawn_order({*among} - {"en"}, number) if code in others)}
 
 
 def _declines(draft: Draft, code: str, settings: OnPolicySection) -> bool:
