@@ -154,19 +154,20 @@ def test_the_papers_study_has_the_rivals_with_their_authors_values(model: str) -
         assert (tap["name"], tap["form"], tap["detach"], tap["weight"]) == ("cosine", form, detach, 0.8)
 
 
-def test_the_row_of_ours_differs_from_its_control_by_its_terms() -> None:
+def test_rows_of_ours_differ_from_their_control_by_their_terms() -> None:
     config = load_config(StudyConfig, CONFIGS / "study/paper.yaml")
     cells = {(cell.model, cell.method, cell.seed): cell.config for cell in make_cells(config)}
-    ours, control = (cells["qwen2.5-7b", name, 42] for name in ("ours-decision-consistency", "sft-benign"))
+    ours, own = (cells["qwen2.5-7b", name, 42] for name in ("ours-decision-consistency", "ours-own-answers"))
     assert {name: term.weight for name, term in ours.active_terms.items()} == {"decision": 0.5, "consistency": 0.3}
-    assert not control.active_terms and ours.data == control.data and ours.objective == control.objective
-    assert ours.optimizer == control.optimizer and ours.train == control.train
-    late = cells["qwen2.5-7b", "sft-benign-mlc-late", 42]
+    assert not own.active_terms and ours.data.train == own.data.train and ours.objective == own.objective
+    assert ours.optimizer == own.optimizer and ours.train == own.train and ours.data.other_languages is None
+    control, late = (cells["qwen2.5-7b", name, 42] for name in ("sft-benign", "sft-benign-mlc-late"))
     assert late.mlc == cells["qwen2.5-7b", "sft-mlc", 42].mlc.model_copy(update={"start": 0.5})
-    assert late.data == control.data and late.objective == control.objective
+    assert not control.active_terms and late.data == control.data and late.objective == control.objective
     recipe, shipped = cells["qwen2.5-7b", "ours-recipe", 42], load_config(TrainConfig, CONFIGS / "recipe.yaml")
     assert recipe.objective == shipped.objective and recipe.active_terms == shipped.active_terms
     assert recipe.openings == shipped.openings and (recipe.mlc.weight, recipe.mlc.every) == (0, 2)
+    assert recipe.data == own.data and recipe.objective == own.objective and recipe.train == own.train
     kinds = [[(each.only, each.share) for each in run.data.train] for run in (recipe, shipped)]
     assert kinds[0] == kinds[1]
     endpoint = config.scoring.judge.endpoint  # type: ignore[attr-defined]
@@ -227,7 +228,20 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"mlc": {"scaling": "leeding"}}, ["mlc.scaling='leeding'", "'leading'"]),
         ({"data": {"train": []}}, ["data.train=[]", "at least 1"]),
         ({"data": {"languages": ["en", False]}}, ["data.languages.1=False", "put such a word in quotes"]),
-        ({"data": {"languages": "en,sw"}}, ["data.languages='en,sw'", "a list is written [one, two]"]),
+        (
+            {"data": {"languages": "en,sw"}},
+            ["data.languages='en,sw': Input should be a valid list; a list is written [one, two]\n"],
+        ),
+        (
+            {"data": {"train": "a.jsonl"}},
+            ["data.train='a.jsonl'", "; a list of sources is written [{path: one}, {path"],
+        ),
+        ({"data": {"train": ["https://me:pw@host/a"]}}, ["expected a section", "; write {path: https://...@host/a}\n"]),
+        ({"data": {"languages": 3}}, ["data.languages=3: Input should be a valid list; a list is written [3]\n"]),
+        (
+            {"openings": {"further": {"zh_hant": ["x"]}}},
+            ["- openings.further.zh_hant: it is no language tag; write it like 'en', 'zh-Hant', 'pt-BR'; did"],
+        ),
         ({"data": {"train": [{"path": "a", "fromat": "sft"}]}}, ["data.train.0.fromat='sft'", "'format'"]),
         ({"model": {"path": "m", "lora": {"rnak": 4}}}, ["model.lora.rnak=4", "'rank'"]),
         ({"name": "a/b"}, ["name='a/b'"]),
@@ -326,7 +340,7 @@ def test_a_mistake_is_quoted(changes: dict[str, Any], quoted: list[str]) -> None
     with pytest.raises(ConfigError) as caught:
         parse_config(TrainConfig, minimal(**changes))
     for part in quoted:
-        assert part in str(caught.value)
+        assert part in f"{caught.value}\n"
     assert isinstance(caught.value, MlcRayError)
 
 
@@ -352,6 +366,29 @@ def test_seen_languages_are_language_tags() -> None:
     assert parse_config(ScoreConfig, {**score, "seen_languages": ["en", "zh-Hant", "pt-BR"]}).seen_languages
     with pytest.raises(ConfigError, match=r"seen_languages has 'EN', 'English', not a language tag.*'zh-Hant'"):
         parse_config(ScoreConfig, {**score, "seen_languages": ["sw", "EN", "English"]})
+
+
+@pytest.mark.parametrize(
+    ("tag", "meant"),
+    [
+        ("zh-cn", "zh-CN"),
+        ("PT_br", "pt-BR"),
+        ("zh-hans-cn", "zh-Hans-CN"),
+        ("ES-419", "es-419"),
+        ("chinese", None),
+        ("-", None),
+        ("es-x", None),
+        ("de\n", None),
+    ],
+)
+def test_what_is_no_language_tag_is_told_how_to_write_it(tag: str, meant: str | None) -> None:
+    hint = f"; did you mean '{meant}'?" if meant else ""
+    words = f"languages.0={tag!r}: it is no language tag; write it like 'en', 'zh-Hant', 'pt-BR'{hint}"
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "translator": {"model": "m"}}
+    with pytest.raises(ConfigError, match=f"- {re.escape(words)}$"):
+        parse_config(TranslateConfig, {**raw, "languages": [tag]})
+    if meant:
+        assert parse_config(TranslateConfig, {**raw, "languages": [meant]}).languages == [meant]
 
 
 @pytest.mark.parametrize(
@@ -566,6 +603,15 @@ def test_json_schema_describes_every_field(schema: type[TrainConfig] | type[Scor
         for name, field in section["properties"].items():
             nested = "$ref" in json.dumps({k: v for k, v in field.items() if k != "items"})
             assert nested or field.get("description"), f"{section['title']}.{name} has no description"
+
+
+def test_json_schema_has_the_pattern_of_language_tags() -> None:
+    """Of values and of keys: editors check them."""
+    schema = config_schema(TranslateConfig)
+    pattern = schema["properties"]["languages"]["items"]["pattern"]
+    assert list(schema["$defs"]["OnPolicySection"]["properties"]["refusals"]["patternProperties"]) == [pattern]
+    found = [bool(re.search(pattern, tag)) for tag in ("pt-BR", "zh-Hant", "zh-cn", "chinese")]
+    assert found == [True, True, False, False]
 
 
 def test_json_schema_has_the_settings_of_every_component() -> None:

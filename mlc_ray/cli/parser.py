@@ -75,7 +75,7 @@ _STUDY = """\
 Every method on every model with every seed, each a run and a score, in one table with both sides, intervals and tests:
   mlc-ray study --config configs/study/paper.yaml --budget --gpus 8 --gpu h100      hours, memory, disk, dollars
   mlc-ray study --config configs/study/small.yaml
-  mlc-ray study --resume runs/small
+  mlc-ray study --resume runs/study-small
 """
 _SCALE = """\
 Of each size the layer (as a fraction of the depth) and lambda are searched, with seeds, and confirmed; then what moves

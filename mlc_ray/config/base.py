@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from mlc_ray.config.component import COMPONENT_FAULTS
 from mlc_ray.errors import MlcRayError
@@ -23,7 +32,22 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 LANGUAGE_TAG = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?")
 """A BCP 47 tag of language, script and region, with its cases: `en`, `zh-Hant`, `pt-BR`."""
-LanguageTag = Annotated[str, Field(pattern=rf"^({LANGUAGE_TAG.pattern})$")]
+
+
+def _language_tag(text: str) -> str:
+    if LANGUAGE_TAG.fullmatch(text):
+        return text
+    primary, *more = text.replace("_", "-").split("-")
+    near = "-".join([primary.lower(), *(part.title() if len(part) == 4 else part.upper() for part in more)])
+    hint = f"; did you mean {near!r}?" if LANGUAGE_TAG.fullmatch(near) else ""
+    raise ValueError(f"it is no language tag; write it like 'en', 'zh-Hant', 'pt-BR'{hint}")
+
+
+LanguageTag = Annotated[
+    str,
+    AfterValidator(_language_tag),
+    WithJsonSchema({"type": "string", "pattern": rf"^({LANGUAGE_TAG.pattern})$"}),  # of which pydantic says no more
+]
 Resume = Literal["never", "auto"]
 RESUME = (
     "If the folder exists already: `never` refuses it; `auto` goes on with what is there, and refuses a setting that "
@@ -321,7 +345,9 @@ def _explanations(schema: type[Section], items: Iterable[Any], place: tuple[str 
 
 
 def _explain(schema: type[Section], item: Any, place: tuple[str | int, ...]) -> str:
-    path = ".".join(str(part) for part in (*place, *item["loc"]))
+    *before, last = item["loc"] or ("",)
+    names_key = last == "[key]"  # pydantic's word for a fault of the key itself, which stands before it
+    path = ".".join(str(part) for part in (*place, *(before if names_key else item["loc"])))
     value = item.get("input")
     if item["type"] == "extra_forbidden":
         names = _field_names(schema, item["loc"][:-1])
@@ -333,14 +359,14 @@ def _explain(schema: type[Section], item: Any, place: tuple[str | int, ...]) -> 
         return f"{path}={shown}: no such field{hint} (valid here: {', '.join(names)})"
     if item["type"] == "model_type":
         names = _field_names(schema, item["loc"])
-        written = f"; write {{path: {value}}}" if isinstance(value, str) and "path" in names else ""
+        written = f"; write {{path: {hide(value)}}}" if isinstance(value, str) and "path" in names else ""
         return f"{path}={_shown(value)}: expected a section, with fields of {', '.join(names)}{written}"
     if item["type"] == "missing":
         return f"{path}: required, but not given"
-    message = item["msg"].removeprefix("Value error, ") + _how_to_write(item["type"], value)
+    message = item["msg"].removeprefix("Value error, ") + _how_to_write(schema, item)
     return (
         f"{path}={_shown(value)}: {message}"
-        if path and not isinstance(value, dict)
+        if path and not isinstance(value, dict) and not names_key
         else f"{path}: {message}"
         if path
         else message
@@ -358,13 +384,18 @@ def _shown(value: Any) -> str:
     return hide(repr(without(value)))
 
 
-def _how_to_write(fault: str, value: Any) -> str:
+def _how_to_write(schema: type[Section], item: Any) -> str:
     """What YAML made of a value that was meant otherwise, where that is the likely fault."""
+    fault, value = item["type"], item.get("input")
     if isinstance(value, bool) and fault != "bool_type":
         return "; YAML reads no, off, yes and on as truth values: put such a word in quotes"
-    if fault == "list_type" and isinstance(value, str):
-        return "; a list is written [one, two], and one of sources [{path: one}, {path: two}]"
-    return ""
+    if fault != "list_type" or not isinstance(value, str | int | float):
+        return ""
+    *before, name = item["loc"]
+    field = _section_at(schema, before).model_fields.get(str(name))
+    if field is not None and _section_of(field.annotation) is not None:
+        return "; a list of sources is written [{path: one}, {path: two}]"
+    return "; a list is written [one, two]" if isinstance(value, str) else f"; a list is written [{value}]"
 
 
 def _sections_with(schema: type[Section], name: str) -> list[str]:
@@ -374,6 +405,10 @@ def _sections_with(schema: type[Section], name: str) -> list[str]:
 
 
 def _field_names(schema: type[Section], location: Iterable[str | int]) -> list[str]:
+    return sorted(_section_at(schema, location).model_fields)
+
+
+def _section_at(schema: type[Section], location: Iterable[str | int]) -> type[Section]:
     current: type[Section] = schema
     for part in location:
         if isinstance(part, int) or part not in current.model_fields:
@@ -381,7 +416,7 @@ def _field_names(schema: type[Section], location: Iterable[str | int]) -> list[s
         nested = _section_of(current.model_fields[part].annotation)
         if nested is not None:
             current = nested
-    return sorted(current.model_fields)
+    return current
 
 
 def _section_of(annotation: Any) -> type[Section] | None:

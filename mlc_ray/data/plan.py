@@ -7,8 +7,8 @@ tokens. Bundles are packed into as few forwards as the budget allows, as many on
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -127,7 +127,8 @@ class Cutting:
         whole: whether the last tokens of answers are forwarded too.
         scope: behind which prompts step `step` reads openings of responses; `all` of a step that taps alone.
         widest: the widest of these, of any step.
-        branches: these openings; None where no step reads any.
+        branches: these openings; None where no step reads any, or a plan has none.
+        opened: where there are no branches, tokens of openings behind each prompt of a scope.
         keeps: whether next tokens of benign bundles are read of steps that tap.
     """
 
@@ -143,7 +144,14 @@ class Cutting:
     scope: Callable[[int], Scope] = lambda _: "none"
     widest: Scope = "none"
     branches: Branches | None = None
+    opened: Mapping[Scope, int] = field(default_factory=dict)
     keeps: bool = False
+
+    def openings(self, scope: Scope) -> int:
+        """Tokens of openings behind each prompt of a scope; of `branches` the most that a language has."""
+        if scope == "none":
+            return 0
+        return self.branches.tokens if self.branches is not None else self.opened.get(scope, 0)
 
     def own_tokens(self, lengths: Lengths, *, taps: bool, scope: Scope) -> Ints:
         """Tokens that each bundle adds to a forward of a step that taps, or of one that does not; with openings, the
@@ -155,7 +163,7 @@ class Cutting:
             pairing=self.pairing,
             whole=self.whole,
             scope=scope,
-            openings=self.branches.tokens if self.branches is not None else 0,
+            openings=self.openings(scope),
         )
 
     def plan(self, step: int, rows: Sequence[int], lengths: Lengths) -> StepPlan:

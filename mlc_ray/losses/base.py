@@ -201,7 +201,8 @@ def refusal_log_odds(log_probs: Tensor) -> Tensor:
     """logit p of log p, in nats and float64: m = log p - log(1 - p).
 
     p rounds to 1 where a refusal is nearly certain. There p is taken for 1 - 1e-6 (m = 13.8), and the gradient for what
-    it is there, so that a benign prompt that is refused with certainty is still taught otherwise.
+    it is there, so that a benign prompt that is refused at odds of 14 nats is still taught with 0.8 of the gradient.
+    Beyond that it falls as p's own does, to 0.002 at 20 nats.
     """
     exact = log_probs.double()
     bounded = exact + (exact.detach().clamp(max=_MOST_LOG_PROB) - exact.detach())

@@ -50,7 +50,12 @@ class Mlc(Term):
     @property
     def note(self) -> str:  # type: ignore[override]
         """What of its settings the method's authors do not have."""
-        own = {"no extractor": self.settings.extractor_dim is None, "centring": self.settings.centring}
+        own = {
+            "no extractor": self.settings.extractor_dim is None,
+            "centring": self.settings.centring,
+            "the late start": bool(self.settings.start),
+            "the ramp": bool(self.settings.ramp),
+        }
         return f"ours: {', '.join(found)}" if (found := [name for name, is_set in own.items() if is_set]) else ""
 
     @property

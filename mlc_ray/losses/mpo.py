@@ -117,7 +117,8 @@ def mpo_loss(
         min_source_gap: in nats a token; None for no bound.
 
     Returns:
-        The loss, and to log: `source_gap`, `regression` and `anchor` without their factors, `teaches` (0 or 1).
+        The loss, and to log: `source_gap`, `regression` and `anchor` without their factors, `teaches` (0 or 1), and
+        `reversed`, 1 where a bundle teaches a gap of 0 or below: to prefer the rejected answer.
     """
     number = len(rows.response)
     gap = mean_log_prob(chosen) - mean_log_prob(rejected)
@@ -132,7 +133,12 @@ def mpo_loss(
         teaches = teaches * (source > min_source_gap)
     regression = gap.new_zeros(number).index_add(0, rows.bundle, errors) / targets.clamp(min=1)
     loss = teaches * regression
-    metrics = {"source_gap": source, "regression": regression.detach(), "teaches": teaches}
+    metrics = {
+        "source_gap": source,
+        "regression": regression.detach(),
+        "teaches": teaches,
+        "reversed": teaches * (source <= 0),
+    }
     if pooled is not None:
         anchor = (pooled.policy.float() - pooled.reference.detach().float()).square().mean(dim=(0, 2))
         loss = loss + hidden_weight * anchor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mlc_ray.config import TrainConfig
-from mlc_ray.data.branches import Branches
 from mlc_ray.plan.lengths import Weights, cut
 from mlc_ray.plan.memory import activations
 from mlc_ray.plan.shapes import Shape
@@ -24,7 +23,6 @@ def tokens_in(
     size: int,
     workers: int,
     kept_share: float = 1.0,
-    branches: Branches | None = None,
 ) -> int:
     """Tokens of a forward for which `free` bytes are enough, at least 1; a token counts as in the fullest of some.
 
@@ -36,9 +34,8 @@ def tokens_in(
         size: bytes of an element of the model.
         workers: of the run.
         kept_share: as of `activations`.
-        branches: openings of responses that its steps read.
     """
-    rows = cut(config, weights, tokens_per_forward=SAMPLED, workers=workers, branches=branches).largest
+    rows = cut(config, weights, tokens_per_forward=SAMPLED, workers=workers).largest
     filled = max(row.tokens for row in rows) / 2  # steps whose forwards are smaller hold all bundles in one
     each = max(
         sum(part.bytes for part in activations(config, shape, row, size, kept_share)) / row.tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from mlc_ray.config import TrainConfig
@@ -10,6 +11,7 @@ from mlc_ray.data.order import Order, total_steps
 from mlc_ray.data.plan import Cutting
 from mlc_ray.data.tables import Keys
 from mlc_ray.losses.objective import Objective
+from mlc_ray.types import Scope
 
 BUNDLES_PER_REFERENCE_FORWARD = 8
 """On a GPU with `tokens_per_forward: auto`, a forward of the reference's pass has so many times a bundle's mean number
@@ -65,8 +67,9 @@ def cutting_of(
     tokens_per_forward: int,
     world_size: int,
     branches: Branches | None = None,
+    opened: Mapping[Scope, int] | None = None,
 ) -> Cutting:
-    """By what they are cut; `branches` are the openings of responses that steps read."""
+    """By what they are cut; `branches` are the openings of responses that steps read, or a plan has `opened`."""
     objective, steps = Objective(config), steps_of(config, tokens)
     return Cutting(
         tokens_per_forward,
@@ -81,6 +84,7 @@ def cutting_of(
         scope=lambda step: objective.scope(step, steps),
         widest=objective.widest_scope,
         branches=branches,
+        opened=opened or {},
         keeps=objective.needs_reference_logits,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from mlc_ray.config import TrainConfig
-from mlc_ray.data.branches import Branches
 from mlc_ray.data.plan import Cutting, Lengths, StepPlan
 from mlc_ray.data.ragged import Ints
 from mlc_ray.data.tables import bundle_columns
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.activations import Row
 from mlc_ray.plan.cutting import cutting_of, steps_of
+from mlc_ray.plan.openings import assumed_opened, opened
 from mlc_ray.storage import Place
 from mlc_ray.types import Bundle, Scope, TokenRow
 
@@ -41,14 +41,18 @@ BUNDLES, LANGUAGES, PROMPT, ANSWER, HEAD = 2835, 10, 43, 79, 25
 
 @dataclass(frozen=True)
 class Weights:
-    """Lengths of some bundles, which stand for all `bundles`; `head` is how many tokens all prompts begin with, and
-    `benign` the share of bundles that are (half, where that is not known)."""
+    """Lengths of some bundles, which stand for all `bundles`.
+
+    `head` is how many tokens all prompts begin with, `benign` the share of bundles that are (half, where that is not
+    known), and `opened` the tokens of openings behind each prompt of a scope, for steps that read them.
+    """
 
     lengths: Lengths
     head: int
     bundles: int
     said: str
     benign: float = 0.5
+    opened: Mapping[Scope, int] = field(default_factory=dict)
     cuts: dict[str, Cut] = field(default_factory=dict, compare=False, repr=False)
     """Cuts that were made already, by all that they depend on."""
 
@@ -87,7 +91,8 @@ class Weighing:
 def same_tokens(run: TrainConfig) -> str:
     """The same for all runs whose bundles are tokenised in the same way."""
     model = {"path": run.model.path, "trust_remote_code": run.model.trust_remote_code}
-    return json.dumps([run.data.model_dump(mode="json"), model, run.chat.model_dump(mode="json")])
+    sections = [each.model_dump(mode="json") for each in (run.data, run.chat, run.openings)]
+    return json.dumps([model, *sections])
 
 
 def weights_of(config: TrainConfig, cache: Place | None) -> Weights:
@@ -104,24 +109,33 @@ def weights_of(config: TrainConfig, cache: Place | None) -> Weights:
             prepared_tokens(config.data, config.model, chat=config.chat, cache_dir=cache) if cache and small else None
         )
         if made is not None:
-            return of_artifact(made)
+            return of_artifact(made, config)
         return _of_sample(config, count=small)
     except (MlcRayError, OSError) as error:  # a command that runs this will say what is wrong
         return assumed(config, because=f" ({error})")
 
 
-def of_artifact(tokens: object) -> Weights:
-    """Those of prepared rows: all of them, or `MOST_ROWS` spread evenly."""
+def of_artifact(tokens: object, config: TrainConfig | None = None) -> Weights:
+    """Those of prepared rows: all of them, or `MOST_ROWS` spread evenly; with openings, if there are settings."""
     from mlc_ray.data.store import TokenArtifact
+    from mlc_ray.data.tokens import load_tokenizer
 
     assert isinstance(tokens, TokenArtifact)
-    rows = np.unique(np.linspace(0, len(tokens) - 1, min(len(tokens), MOST_ROWS)).astype(np.int64))
+
+    def spread(most: int) -> Ints:
+        return np.unique(np.linspace(0, len(tokens) - 1, min(len(tokens), most)).astype(np.int64))
+
+    rows, found = spread(MOST_ROWS), dict[Scope, int]()
+    if config is not None:
+        tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        found |= opened(config.openings, tokenizer, config.chat, tokens.rows(spread(SAMPLE)))
     return Weights(
         tokens.lengths(rows),
         tokens.head,
         len(tokens),
         f"measured: {len(tokens):,} prepared bundles of {tokens.folder}",
         tokens.counts.kinds["benign"] / len(tokens),
+        found,
     )
 
 
@@ -135,9 +149,10 @@ def assumed(config: TrainConfig, because: str = "") -> Weights:
         f"assumed{because}: {languages} languages of {PROMPT} tokens behind a template of {HEAD}, answers of {ANSWER} "
         f"(the published means), {bundles:,} bundles"
     )
-    if lacking and len(config.data.train) > 1:
+    if lacking:
         said += f", of them {', '.join(lacking)}, which cannot be counted here"
-    return Weights(Lengths(*(np.array([value]) for value in one)), HEAD, bundles, said)
+    lengths = Lengths(*(np.array([value]) for value in one))
+    return Weights(lengths, HEAD, bundles, said, opened=assumed_opened(config.openings))
 
 
 def least() -> Weights:
@@ -186,9 +201,8 @@ def _of_sample(config: TrainConfig, *, count: bool) -> Weights:
     from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
 
     data = config.data
-    template = ChatTemplate(
-        load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code), config.chat
-    )
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    template = ChatTemplate(tokenizer, config.chat)
     rows: list[TokenRow] = []
     bundles = 0
     files = [file for source in data.train for file in resolve_source(source)]
@@ -212,7 +226,9 @@ def _of_sample(config: TrainConfig, *, count: bool) -> Weights:
     if not rows:
         return assumed(config)
     how = "of" if count else "of about"
-    return replace(of_rows(rows), bundles=bundles, said=f"measured: {len(rows):,} {how} {bundles:,} bundles, tokenised")
+    said = f"measured: {len(rows):,} {how} {bundles:,} bundles, tokenised"
+    behind = opened(config.openings, tokenizer, config.chat, rows)
+    return replace(of_rows(rows), bundles=bundles, said=said, opened=behind)
 
 
 def _about(path: Path, some: Sequence[Bundle], *, of: int) -> int:
@@ -274,14 +290,15 @@ def cut(
     *,
     tokens_per_forward: int,
     workers: int,
-    branches: Branches | None = None,
 ) -> Cut:
-    """Cut some batches as a run would; without `branches`, openings that terms on decisions read are left out."""
+    """Cut some batches as a run would, with openings as many as `weights` says."""
     decides = config.model_dump_json(include={"objective", "mlc", "terms", "train", "seed"})
     busy = busy_workers(config, weights, workers)  # more of them change nothing
-    key = f"{tokens_per_forward} {busy} {branches and branches.tokens} {decides}"
+    key = f"{tokens_per_forward} {busy} {weights.opened} {decides}"
     if key not in weights.cuts:
-        cutting = cutting_of(config, weights, tokens_per_forward=tokens_per_forward, world_size=busy, branches=branches)
+        cutting = cutting_of(
+            config, weights, tokens_per_forward=tokens_per_forward, world_size=busy, opened=weights.opened
+        )
         weights.cuts[key] = _cut(config, weights, cutting)
     return weights.cuts[key]
 
@@ -401,11 +418,11 @@ def row_of(lengths: Lengths, cutting: Cutting, plan: StepPlan, tokens: int, beni
     pairs = float((count * (each - head).clip(min=0) * each).sum() + (own * (lengths.answered + own / number)).sum())
     keys = head + float(prompts.sum() + (number * (lengths.answered - 1) + own).clip(min=0).sum())
     rows, ends, compared = int(own.sum()), 0, 0
-    if cutting.branches is not None and plan.scope != "none":  # of each prompt's openings, which are read at once
+    if openings := cutting.openings(plan.scope):  # of each prompt, which are read at once
         behind = lengths.prompts if plan.scope == "all" else lengths.answered
-        opened, openings = (languages if plan.scope == "all" else np.ones_like(languages)), cutting.branches.tokens
-        seen = float((behind + opened * openings).sum())
-        rows += int(opened.sum()) * (1 + openings)
+        asked = languages if plan.scope == "all" else np.ones_like(languages)
+        seen = float((behind + asked * openings).sum())
+        rows += int(asked.sum()) * (1 + openings)
         keys, pairs = keys + seen, pairs + openings * seen
     if cutting.keeps and plan.taps:
         ends = round(benign * int(languages.sum()))

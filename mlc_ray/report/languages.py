@@ -41,3 +41,9 @@ def language_name(code: str) -> str:
     if name and more:
         return f"{name} ({', '.join(_SCRIPTS.get(part, part) for part in more)})"
     return name
+
+
+def name_and_code(code: str) -> str:
+    """`Spanish (es)`; the code alone where the language has no known name."""
+    name = language_name(code)
+    return f"{name} ({code})" if name else code

@@ -25,7 +25,8 @@ from mlc_ray.types import Kind, primary_language
 FORMAT = 2
 CellState = Literal["waiting", "trained", "scored", "diverged", "failed"]
 NEVER = "†"
-"""Marks a language that no run of the study trained on."""
+"""Marks a language that the bundles of no run of the study have."""
+_SPLIT = "trained: in the bundles of any run of the study, whether or not the loss of a row's method reads them"
 
 
 class StudyFileError(MlcRayError):
@@ -77,9 +78,9 @@ class StudyResult:
     """A whole study, or what there is of it.
 
     `models` maps the models' names to what was loaded, `methods` the methods' to their overrides. `trained` are the
-    languages of the bundles of any run. `bundles` counts scored bundles by kind. `scaling` is there where the cells are
-    searches, one of each model. `told_by` is what told the language of responses in each of the scores, "" where
-    nothing did.
+    languages of the bundles of any run, whether or not its loss reads them. `bundles` counts scored bundles by kind.
+    `scaling` is there where the cells are searches, one of each model. `told_by` is what told the language of responses
+    in each of the scores, "" where nothing did.
     """
 
     __pydantic_config__ = RESULT_FILE
@@ -200,8 +201,9 @@ def _both_sides(model: str, rows: Sequence[MethodRow]) -> Table:
             )
         )
     return table(
-        f"{model}: both sides", heads, lines, "means over languages, with 95 % intervals over bundles and seeds"
-    )
+        f"{model}: both sides", heads, lines,
+        f"means over languages, with 95 % intervals over bundles and seeds; {_SPLIT}",
+    )  # fmt: skip
 
 
 def _both_by_language(result: StudyResult, model: str, rows: Sequence[MethodRow], kind: Kind) -> Table:
@@ -236,7 +238,7 @@ def _by_language(result: StudyResult, title: str, rows: Sequence[MethodRow], sid
         lines.append(row(each.method, numbers))
     note = f"% {_counted(sides[0])}"
     if any(head.endswith(NEVER) for head in heads):
-        note += f"; {NEVER} never trained"
+        note += f"; {NEVER} never trained: in the bundles of no run of the study"
     return table(title, ["method", *heads, "avg", "var", "PAG"], lines, note)
 
 
@@ -248,7 +250,10 @@ def _in_language(model: str, rows: Sequence[MethodRow]) -> Table:
         of = {found.kind: found for found in each.in_language}
         rates = [getattr(of[kind], part) if kind in of else None for kind in _SIDES for part in parts]
         lines.append(row(each.method, map(_rate, rates)))
-    note = "of those whose language could be told; means over languages, with 95 % intervals over bundles and seeds"
+    note = (
+        "of those whose language could be told; means over languages, with 95 % intervals over bundles and seeds; "
+        f"{_SPLIT}"
+    )
     return table(f"{model}: responses in the prompt's language", heads, lines, note)
 
 
@@ -327,9 +332,18 @@ def _utility(result: StudyResult) -> Table | None:
         found = [each.utility for each in cells if each.utility]
         if found:
             values = [[each[name] for each in found if name in each] for name in names]
-            shown = [f"{_mean(each):.4f}" if each else ABSENT for each in values]
-            lines.append(row(model, [method, *shown]))
-    return table("Utility", ["model", "method", *names], lines, "means over seeds, in each metric's own unit")
+            lines.append(row(model, [method, *map(_utility_over_seeds, values)]))
+    note = "means over seeds, in each metric's own unit"
+    if any(each.more for shown in lines for each in shown.cells):
+        note += ", with the lowest and the highest of a seed"
+    return table("Utility", ["model", "method", *names], lines, note)
+
+
+def _utility_over_seeds(values: Sequence[float]) -> Cell:
+    if not values:
+        return cell(ABSENT)
+    spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else ""
+    return cell(f"{_mean(values):.4f}", spread)
 
 
 _TOLD = {True: "", False: "not told apart"}

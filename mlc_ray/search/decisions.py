@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mlc_ray.losses.measures import MIN_PER_KIND
 from mlc_ray.report.decisions import LanguageDecision
-from mlc_ray.search.criteria import resamples
-from mlc_ray.stats.rates import Interval
-
-_LEVELS = [0.025, 0.975]
+from mlc_ray.stats.auc import auc_interval
 
 
 def decisions(
@@ -27,7 +23,6 @@ def decisions(
 
     Languages with less than `MIN_PER_KIND` bundles of either kind are left out.
     """
-    drawn = resamples(len(log_odds))
     found = []
     for column, language in enumerate(languages):
         ups, downs = ((present[:, column] & kind).nonzero()[:, 0] for kind in (harmful, ~harmful))
@@ -36,10 +31,6 @@ def decisions(
         up, down = log_odds[ups, column].double(), log_odds[downs, column].double()
         difference = up.unsqueeze(1) - down
         wins = torch.where(difference == 0, 0.5, (difference > 0).double())
-        above, below = drawn[:, ups], drawn[:, downs]
-        # NaN where a resample has no bundle of a kind.
-        aucs = (above @ wins * below).sum(dim=1) / (above.sum(dim=1) * below.sum(dim=1))
-        low, high = np.nanquantile(aucs.numpy(), _LEVELS)
         shares = [100 * float((values > 0).double().mean()) for values in (up, down)]
-        found.append(LanguageDecision(language, Interval(float(wins.mean()), float(low), float(high)), *shares))
+        found.append(LanguageDecision(language, auc_interval(float(wins.mean()), len(up), len(down)), *shares))
     return tuple(found)

@@ -30,6 +30,7 @@ from mlc_ray.logs import keep_in
 from mlc_ray.losses.base import refusal_log_odds
 from mlc_ray.losses.logprobs import token_log_probs
 from mlc_ray.losses.measures import MIN_PER_KIND
+from mlc_ray.plan.openings import make_branches
 from mlc_ray.progress import phase
 from mlc_ray.report.decisions import LanguageDecision, decision_table
 from mlc_ray.report.tables import Table, markdown, row, table
@@ -40,7 +41,6 @@ from mlc_ray.search.decisions import decisions
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side, pinned_model
 from mlc_ray.train.forward import layer_states, opening_log_probs, read_tree
 from mlc_ray.train.model import load_policy
-from mlc_ray.train.openings import make_branches
 from mlc_ray.types import move
 
 logger = logging.getLogger(__name__)

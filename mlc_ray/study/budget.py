@@ -59,7 +59,7 @@ def budget_of(search: SizeSearch, folder: Place, parameters: float | None, clust
     run, place, config = search.run, cell_folder(folder, search.size), search.config
     cache = artifact_cache(place / TRIALS_FOLDER)
     weigh = Weighing(
-        lambda trial: of_artifact(prepare_token_rows(trial.data, trial.model, chat=trial.chat, cache_dir=cache))
+        lambda trial: of_artifact(prepare_token_rows(trial.data, trial.model, chat=trial.chat, cache_dir=cache), trial)
     )
     asked = read_asked(config, make_objective(config.objective), rejects=local_side(place))
     answers = (len(asked.selection.table), len(asked.confirmation.table))

@@ -54,7 +54,7 @@ class ScoringBudget(PartBudget):
 
 @dataclass(frozen=True)
 class StudyBudget:
-    """A study: at most, if `bounded`, else as much as by the numbers of bundles and prompts that are assumed.
+    """A study: at most, or where bundles or prompts are assumed about so much; `assumed_of` says what of which.
 
     `gpu` is what it runs on, "cpu" for CPUs. `disk` are bytes of its folder when it is largest, None where they are not
     known; `asked` what endpoints that judge are asked. `notes`, and what is `assumed`, are sentences.
@@ -67,7 +67,7 @@ class StudyBudget:
     disk: int | None
     notes: tuple[str, ...]
     assumed: tuple[str, ...]
-    bounded: bool = True
+    assumed_of: tuple[str, ...] = ()
 
     @property
     def runs(self) -> int:
@@ -102,7 +102,7 @@ class StudyBudget:
     @property
     def bound(self) -> str:
         """What is said before a number of hours."""
-        return "at most" if self.bounded else "about"
+        return "about" if self.assumed_of else "at most"
 
     @property
     def fits(self) -> bool:
@@ -128,7 +128,7 @@ def study_budget_lines(budget: StudyBudget) -> list[str]:
         if budget.hours is None or budget.gpu_hours is None
         else f"{budget.bound} {budget.hours:,.3g} hours and {budget.gpu_hours:,.3g} {unit} hours on {budget.gpu}"
     )
-    time += "" if budget.bounded else "; numbers of bundles and prompts are assumed"
+    time += f"; {' and '.join(budget.assumed_of)} are assumed" if budget.assumed_of else ""
     disk = "" if budget.disk is None else f"; at most {budget.disk / GIB:,.0f} GiB in its folder"
     return [
         f"{counted(budget.runs, 'runs')} and {counted(budget.scores, 'scores')} of {budget.answers:,} answers: "

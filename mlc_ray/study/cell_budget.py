@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import chain
 
 from mlc_ray.config import ConfigError, ScoringSection, StudyConfig, TrainConfig
+from mlc_ray.data.sources import is_here
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.check import broken, said
 from mlc_ray.plan.check_engines import check_engine
@@ -80,7 +81,7 @@ def budget_of_cells(
         keep_models: whether models stay once they are scored.
     """
     methods, scores, folders = list[MethodBudget](), list[ScoringBudget](), list[tuple[str, int, RunPlan]]()
-    lengths = dict[str, None]()
+    lengths, guessed = dict[str, None](), list[TrainConfig]()
     models = list(dict.fromkeys(cell.model for cell in cells))
     for model in models:
         own = [cell for cell in cells if cell.model == model]
@@ -96,6 +97,7 @@ def budget_of_cells(
             run = next(cell.config for cell in own if cell.method == method)
             weights = weigh(run)
             lengths[f"data: {weights.said}"] = None
+            guessed += [run] if weights.said.startswith("assumed") else []
             try:
                 plan = plan_alone(run, shape, cluster, weights)
             except (ConfigError, PlanError) as error:  # a layer that the model lacks, or what does not fit
@@ -103,7 +105,7 @@ def budget_of_cells(
                 fault = f"{model} {method}: {error}"
                 methods.append(MethodBudget(model=model, method=method, runs=number, fits=fits, fault=fault))
                 continue
-            methods.append(_runs(model, method, number, plan))
+            methods.append(_runs(model, method, number, plan, cluster))
             folders.append((model, number, plan))
         scores.append(_scores(model, own, scoring, prompts, shape, cluster))
     numbers = [each.scores for each in scores]
@@ -113,8 +115,16 @@ def budget_of_cells(
         "cpu" if cluster.gpu is None else f"{cluster.gpus} x {cluster.gpu.name}",
         tuple(methods), tuple(scores), asked, _disk(folders, keep_models=keep_models),
         (*lengths, *caps), tuple(dict.fromkeys(chain.from_iterable(assumed))),
-        bounded=not prompts.assumed and not any(each.startswith("data: assumed") for each in lengths),
+        assumed_of=(*_assumed_of_bundles(guessed), *(["numbers of prompts"] if prompts.assumed else [])),
     )  # fmt: skip
+
+
+def _assumed_of_bundles(runs: Sequence[TrainConfig]) -> list[str]:
+    """What is assumed of the bundles of runs whose weights are: where sources are here, they are counted."""
+    if not runs:
+        return []
+    counted = all(is_here(source) for run in runs for source in run.data.train)
+    return ["lengths of bundles" if counted else "numbers and lengths of bundles"]
 
 
 def _shape(model: str, run: TrainConfig) -> tuple[Shape | None, str]:
@@ -144,18 +154,25 @@ def _asked(scoring: ScoringSection, prompts: Prompts, *, scores: int, most: int)
     return tuple(each.times(scores) for each in asked), list(said)
 
 
-def _runs(model: str, method: str, number: int, plan: RunPlan) -> MethodBudget:
+def _runs(model: str, method: str, number: int, plan: RunPlan, cluster: Cluster) -> MethodBudget:
     """The reference is asked once: seeds share what it said."""
     memory = plan.memory
     needs, limit = memory.worker_bytes, memory.worker_limit
     if not memory.fits:
         _, _, needs, limit = broken(memory)
     seconds = number * (plan.wall_seconds - plan.reference_seconds) + plan.reference_seconds
-    fault = "" if memory.fits else f"{model} {method}: {said(plan)}"
+    fault = "" if memory.fits else f"{model} {method}: {said(plan)}{_idle(plan.workers, cluster)}"
     return MethodBudget(
         model=model, method=method, runs=number, steps=plan.steps, hours=seconds / 3600,
         gpu_hours=plan.workers * seconds / 3600, needs=needs, limit=limit, fits=memory.fits, fault=fault,
     )  # fmt: skip
+
+
+def _idle(workers: int, cluster: Cluster) -> str:
+    """That a run leaves GPUs idle which might hold what does not fit."""
+    if cluster.gpu is None or workers == cluster.gpus:
+        return ""
+    return f"; it takes cluster.workers={workers} of {cluster.gpus} GPUs"
 
 
 def _scores(

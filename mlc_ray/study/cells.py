@@ -84,7 +84,8 @@ def _cell(config: StudyConfig, model: str, method: str, seed: int) -> Cell:
     try:
         run = parse_config(TrainConfig, {**raw, "name": name, "seed": seed, "resume": "auto", "model": own})
     except ConfigError as error:
-        raise ConfigError(f"method {method!r} on model {model!r}: {error}") from None
+        given = ", then ".join(["train", *(place for place, overrides in places.items() if overrides)])
+        raise ConfigError(f"the run of method {method!r} on model {model!r} ({given}): {error}") from None
     return Cell(model, method, seed, run)
 
 

@@ -71,7 +71,7 @@ def load_plan(folder: Place) -> Plan:
     except (FileNotFoundError, NotADirectoryError):
         raise StudyError(
             f"{str(folder)!r} is not a study folder, it has no {STUDY_FILE}: a study is in OUTPUT_DIR/NAME, e.g. "
-            "runs/small"
+            "runs/study-small"
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):

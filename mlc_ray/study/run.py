@@ -8,7 +8,6 @@ there (`runs`), and `study.json` what it is to be.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ from mlc_ray.lease import lease
 from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
-from mlc_ray.plan.lengths import of_artifact, same_tokens
+from mlc_ray.plan.lengths import Weighing, of_artifact, same_tokens
 from mlc_ray.plan.there import known_cluster
 from mlc_ray.report.study import StudyResult
 from mlc_ray.runs import (
@@ -60,6 +59,7 @@ from mlc_ray.score.scorer import ScorerDiedError, WarmScorer, start_scorer, writ
 from mlc_ray.storage import Place, fingerprint_model, local_side, user_cache
 from mlc_ray.study.cell_budget import state_budget
 from mlc_ray.study.cells import Cell, Commits, make_cells, scoring_of
+from mlc_ray.study.contents import CellData, check_contents
 from mlc_ray.study.failing import failing
 from mlc_ray.study.folder import Plan, StudyError, check_goes_on, load_plan
 from mlc_ray.study.record import Recorder, has_model, is_complete, is_read, score_folder, untouched_folder
@@ -83,8 +83,8 @@ def study(config: StudyConfig) -> StudyResult:
     Raises:
         ConfigError: a cell's settings are invalid, or lack a term's steps.
         MissingAnswersError: the bundles of a cell lack answers that its loss needs.
-        StudyError: the folder exists already, with `resume: auto` with another study; a language has prompts of one
-            kind alone; or no cell got as far as a score.
+        StudyError: the folder exists already, with `resume: auto` with another study or cells of another content; a
+            language has prompts of one kind alone; or no cell got as far as a score.
         ClusterError: the cluster can never hold a cell, or the engines.
         LeaseError: another driver works in the folder.
         PreemptedError: the driver got SIGTERM; the study can be gone on with.
@@ -124,8 +124,8 @@ def resume_study(folder: Path | Place) -> StudyResult:
     """Go on with the study in a folder, with the settings it has; cells that failed are tried again.
 
     Raises:
-        StudyError: the folder holds no study, or the prompts are not those it began with. Other errors are those of
-            `study`.
+        StudyError: the folder holds no study, or prompts, models, bundles or openings are not those it began with.
+            Other errors are those of `study`.
     """
     place = Place(folder).absolute()
     plan = load_plan(place)
@@ -167,9 +167,10 @@ def _planned(
 def _study(plan: Plan, prompts: Prompts, folder: Place) -> StudyResult:
     """The lease on the folder is held. What it is to be is written once it can be: the fix may be another setting."""
     _check(plan, prompts, folder)
-    tokens = _prepare(plan, folder)
-    supervision = {cell.name: supervision_of(cell.config, tokens[cell.name]) for cell in plan.cells}
-    _state(plan, prompts, tokens)
+    data = _prepare(plan, folder)
+    check_contents(plan, folder, data)
+    supervision = {cell.name: supervision_of(cell.config, data[cell.name].tokens) for cell in plan.cells}
+    _state(plan, prompts, data)
     plan.save(folder)
     recorder = Recorder(plan, folder, prompts, supervision, gpu=_device(plan.cells[0]) == "gpu")
     for model in plan.config.models:
@@ -275,30 +276,30 @@ def _path(plan: Plan, model: str) -> str:
     return resolve_model(next(cell.config.model.path for cell in plan.cells if cell.model == model))
 
 
-def _prepare(plan: Plan, folder: Place) -> dict[str, TokenArtifact]:
+def _prepare(plan: Plan, folder: Place) -> dict[str, CellData]:
     """Tokenise what the cells train on, and see that each has the answers and steps that its loss needs."""
     cache = artifact_cache(folder / CELLS_FOLDER)
     made: dict[str, TokenArtifact] = {}
-    found: dict[str, TokenArtifact] = {}
+    found: dict[str, CellData] = {}
     for cell in plan.cells:
         config = cell.config
         if (key := same_tokens(config)) not in made:
             made[key] = prepare_token_rows(config.data, config.model, chat=config.chat, cache_dir=cache)
         try:
-            check_tokens(config, made[key], cache_dir=cache, gpu=_device(cell) == "gpu")
+            held_out = check_tokens(config, made[key], cache_dir=cache, gpu=_device(cell) == "gpu")
         except MlcRayError as error:
             raise type(error)(f"cell {cell.name}: {error}") from None
-        found[cell.name] = made[key]
+        found[cell.name] = CellData(made[key], held_out)
     return found
 
 
-def _state(plan: Plan, prompts: Prompts, tokens: Mapping[str, TokenArtifact]) -> None:
+def _state(plan: Plan, prompts: Prompts, data: Mapping[str, CellData]) -> None:
     """Say what the whole study takes on the cluster that is there."""
     rows = prompts.table.select(["kind", "language", "sample"]).to_pylist()
     asked = ((row["kind"], row["language"]) for row in rows if not row["sample"])
-    weigh = functools.cache(of_artifact)  # cells of one data set share its rows
+    weigh = Weighing(lambda run: of_artifact(data[run.name].tokens, run))
     state_budget(
-        plan.cells, plan.scoring, Counted(Counter(asked)), lambda run: weigh(tokens[run.name]),
+        plan.cells, plan.scoring, Counted(Counter(asked)), weigh,
         known_cluster(gpu=_device(plan.cells[0]) == "gpu", labels=plan.cells[0].config.cluster.label_selector),
         keep_models=plan.config.keep_models,
     )  # fmt: skip
@@ -382,21 +383,30 @@ def _score_one(scorer: WarmScorer, scoring: ScoringSection, prompts: Prompts, ta
 
 
 def _measure_utility(plan: Plan, folder: Place, model: str, cells: Sequence[Cell], recorder: Recorder) -> None:
-    """Measure what is not measured yet; the engines that score have ended."""
+    """Measure what is not measured yet; the engines that score have ended.
+
+    A task that was added when a cell's model was gone is a failure of that cell.
+    """
     section = plan.config.utility
     if section is None:
         return
-    jobs = [(f"{model}-{UNTOUCHED}", untouched_folder(folder, model), _path(plan, model))]
+    jobs: list[tuple[str, Place, str | None]] = []
+    jobs.append((f"{model}-{UNTOUCHED}", untouched_folder(folder, model), _path(plan, model)))
     for cell in cells:
         run = folder / CELLS_FOLDER / cell.name
-        if has_model(run):
-            jobs.append((cell.name, score_folder(run), str(run / MODEL_FOLDER)))
+        jobs.append((cell.name, score_folder(run), str(run / MODEL_FOLDER) if has_model(run) else None))
     for name, score, weights in jobs:
         if not is_read(score, plan.scoring.max_unparsed):
             continue
         if wanted := unmeasured(section.tasks, score):
             own = {"model": weights, "scores": str(score), "tasks": wanted}
             with failing(recorder.failures, name, again=f"mlc-ray study --resume {folder}"):
+                if weights is None:
+                    raise StudyError(
+                        f"utility.tasks={wanted} cannot be measured: the model was removed once it was scored, by "
+                        "keep_models: false; start a new study with these tasks or with keep_models: true, or remove "
+                        f"{str(folder / CELLS_FOLDER / name)!r}, and it is trained, scored and measured again"
+                    )
                 measure_utility(parse_config(UtilityConfig, {**section.model_dump(exclude_unset=True), **own}))
             recorder.write()
 

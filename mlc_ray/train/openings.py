@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mlc_ray.config import ChatSection, OpeningsSection, TrainConfig
+import numpy as np
+
+from mlc_ray.config import TrainConfig
 from mlc_ray.data.branches import Branches
+from mlc_ray.data.bundles import KINDS
 from mlc_ray.data.store import TokenArtifact
-from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
+from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.judges.openings import openings_by_language
+from mlc_ray.losses.objective import Objective
+from mlc_ray.plan.openings import make_branches
 from mlc_ray.storage import fingerprint
 
 if TYPE_CHECKING:
@@ -36,6 +42,49 @@ def branches_of(
     return make_branches(config.openings, tokenizer, config.chat, languages)
 
 
+def refusals_unlike(config: TrainConfig, tokens: TokenArtifact, branches: Branches | None) -> str | None:
+    """What to warn of where chosen answers to harmful bundles begin with no opening, which a term counts as help.
+
+    The loss on answers teaches such an answer, and a term that labels kinds (`decision`) lowers its probability. Of
+    many bundles `LOOKED_AT` spread evenly are read. None where at least `MOST_OPEN` of each language's begin so, or
+    where no term labels kinds by `branches`.
+    """
+    naming = [name for name, term in Objective(config).terms.items() if term.needs_kinds and term.needs_decisions]
+    if branches is None or not naming:
+        return None
+    harmful = np.flatnonzero(tokens.kinds == KINDS.index("harmful"))
+    rows = harmful[np.linspace(0, max(0, len(harmful) - 1), min(len(harmful), LOOKED_AT)).astype(np.int64)]
+    answers, opening = Counter[str](), Counter[str]()
+    for row in tokens.rows(rows):
+        chosen = {row.response_prompt: row.chosen, **{each["prompt"]: each["chosen"] for each in row.answers}}
+        for prompt, ids in chosen.items():
+            if not ids:
+                continue
+            code = row.languages[prompt]
+            answers[code] += 1
+            opening[code] += any(tuple(ids[: len(one)]) == one for one in branches.openings[code])
+    unlike = [
+        f"{answers[code] - opening[code]} of {answers[code]} in {code}"
+        for code in sorted(answers)
+        if opening[code] < MOST_OPEN * answers[code]
+    ]
+    if not unlike:
+        return None
+    return (
+        f"chosen answers to harmful bundles begin with no opening of a refusal ({', '.join(unlike)}): "
+        f"objective.loss={config.objective.loss!r} teaches them, and terms.{naming[0]} counts them as help and "
+        "lowers them; let them begin as an opening does, or give their beginnings by openings.further "
+        "(`mlc-ray openings` finds them)"
+    )
+
+
+LOOKED_AT = 4096
+"""Bundles whose answers are read at the start of a run."""
+
+MOST_OPEN = 0.75
+"""Of a language's chosen answers to harmful bundles; the share that reports ask of a model's refusals, too."""
+
+
 def fingerprint_openings(config: TrainConfig, artefacts: Sequence[TokenArtifact]) -> str:
     """Of the texts of all openings in the languages of a run's bundles: lists differ by version, and steps with them.
 
@@ -44,22 +93,4 @@ def fingerprint_openings(config: TrainConfig, artefacts: Sequence[TokenArtifact]
     """
     return fingerprint(
         openings_by_language({code for tokens in artefacts for code in tokens.languages}, config.openings)
-    )
-
-
-def make_branches(
-    settings: OpeningsSection, tokenizer: PreTrainedTokenizerBase, chat: ChatSection, languages: Iterable[str]
-) -> Branches:
-    """The openings in some languages behind a prompt, with what the chat template writes before an answer.
-
-    Raises:
-        OpeningsError: A language has none.
-        ConfigError: Some are given for a language that none of these reads.
-    """
-    template = ChatTemplate(tokenizer, chat)
-    return Branches(
-        {
-            code: [ids.tolist() for ids in template.opening_ids(texts)]
-            for code, texts in openings_by_language(languages, settings).items()
-        }
     )

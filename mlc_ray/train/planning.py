@@ -62,6 +62,22 @@ def check_kinds(config: TrainConfig, tokens: TokenArtifact) -> None:
         raise _of_one_kind(needing[0], tokens)
 
 
+def not_measured(config: TrainConfig, steps: int) -> str | None:
+    """What of a run only held-out bundles tell, where there are none; None where there is nothing of it."""
+    if config.data.validation is not None:
+        return None
+    objective = Objective(config)
+    unknown = []
+    if names := [name for of_step in objective.begins(steps).values() for name in of_step]:
+        begin = "begins" if len(names) == 1 else "begin"
+        unknown.append(f"whether the response language tells harmful from benign when {', '.join(names)} {begin}")
+    if objective.alignment.needs_rejected:
+        unknown.append("whether the chosen answers themselves lose probability")
+    if not unknown:
+        return None
+    return f"no held-out bundles (data.validation): it is not measured, and nothing warns, {' and '.join(unknown)}"
+
+
 def _of_one_kind(term: str, tokens: TokenArtifact) -> ConfigError:
     (kind,) = tokens.counts.kinds
     return ConfigError(
@@ -86,10 +102,10 @@ def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine, 
     except ShapeError as error:
         raise ConfigError(f"train.tokens_per_forward='auto': {error}; set a number") from None
     size = next(engine.module.parameters()).element_size()
-    own = tokens_in(
-        free - engine.memory_to_come(), config, shape, of_artifact(tokens), size=size, workers=engine.world_size,
-        branches=branches,
-    )  # fmt: skip
+    weights = of_artifact(tokens)
+    if branches is not None:  # of all languages, since a forward may be of the one that has most
+        weights = replace(weights, opened={"response": branches.tokens, "all": branches.tokens})
+    own = tokens_in(free - engine.memory_to_come(), config, shape, weights, size=size, workers=engine.world_size)
     return -int(largest([-own], engine.device)[0])
 
 

@@ -34,13 +34,14 @@ from mlc_ray.train.divergence import DivergedError, record_divergence
 from mlc_ray.train.entry import HeldOut, WeightsScorer, WorkerSpec, train_worker
 from mlc_ray.train.failures import error_inside, failure_kept
 from mlc_ray.train.model import check_device, model_depth
-from mlc_ray.train.openings import branches_of, fingerprint_openings
+from mlc_ray.train.openings import branches_of, fingerprint_openings, refusals_unlike
 from mlc_ray.train.planning import (
     check_groups,
     check_kinds,
     check_terms,
     held_out_cutting,
     look_ahead,
+    not_measured,
     said_of,
     tapping,
 )
@@ -248,13 +249,9 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gp
     """
     tokens = prepare_token_rows(config.data, config.model, chat=config.chat, cache_dir=cache_dir)
     held_out = check_tokens(config, tokens, cache_dir=cache_dir, gpu=gpu)
-    check_run(config, gpu=gpu, weights=of_artifact(tokens))
+    check_run(config, gpu=gpu, weights=of_artifact(tokens, config if config.reads_decisions else None))
     artifacts = [tokens, *([held_out] if held_out is not None else [])]
-    fingerprints = {"model": fingerprint_model(config.model.path), "tokens": tokens.fingerprint}
-    if held_out is not None:
-        fingerprints["validation"] = held_out.fingerprint
-    if config.reads_decisions:
-        fingerprints["openings"] = fingerprint_openings(config, artifacts)
+    fingerprints = fingerprints_of(config, tokens, held_out, model=fingerprint_model(config.model.path))
     said: dict[str, Place] = {}
     if config.needs_reference and config.reference == "cached":
         said = prepare_references(config, artifacts, layer=layer, cache_dir=cache_dir, gpu=gpu)
@@ -264,6 +261,19 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gp
         fingerprints,
         None if held_out is None else HeldOut(held_out.folder, said.get(held_out.fingerprint)),
     )
+
+
+def fingerprints_of(
+    config: TrainConfig, tokens: TokenArtifact, held_out: TokenArtifact | None, *, model: str
+) -> dict[str, str]:
+    """What a run is made of, as its record has it: `model` before training, token rows, openings if they are read."""
+    artifacts = [tokens, *([held_out] if held_out is not None else [])]
+    return {
+        "model": model,
+        "tokens": tokens.fingerprint,
+        **({"validation": held_out.fingerprint} if held_out is not None else {}),
+        **({"openings": fingerprint_openings(config, artifacts)} if config.reads_decisions else {}),
+    }
 
 
 def check_tokens(
@@ -340,7 +350,11 @@ def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:
 
 
 def _announce(config: TrainConfig, tokens: TokenArtifact, steps: int, *, gpu: bool) -> None:
-    """Say how the batches are cut, where that is known before workers look at their memory."""
+    """Say how the batches are cut, where that is known before workers look at their memory, and what pulls apart."""
+    if (unlike := refusals_unlike(config, tokens, branches_of(config, None, [tokens]))) is not None:
+        logger.warning("%s", unlike)
+    if (unmeasured := not_measured(config, steps)) is not None:
+        logger.info("%s", unmeasured)
     if (cutting := _cutting_known(config, [tokens], gpu=gpu)) is not None:
         outlook = look_ahead(tokens, order_of(config, tokens), cutting, steps)
         logger.info("%s", "\n  ".join(said_of(outlook, cutting, config.train.batch_bundles)))

@@ -2,6 +2,7 @@
 
 Of a benign bundle the chosen answer is what the model says to its prompt, where the judge says that it answers and
 lingua that it does so in the prompt's language; the rejected one is a refusal. Of a harmful bundle it is the reverse.
+Of a language that lingua does not know, the script is checked, and that the text is not English.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mlc_ray.config import ChatSection
+from mlc_ray.config import ChatSection, OpeningsSection
 from mlc_ray.config.translate import OnPolicySection
 from mlc_ray.data.bundles import drawn_order, pair_number
 from mlc_ray.errors import MlcRayError
@@ -24,12 +25,14 @@ from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import PROMPTS, Generator
 from mlc_ray.judges.base import make_reader
+from mlc_ray.judges.openings import refusal_openings
 from mlc_ray.judges.understanding import merely_not_understood
+from mlc_ray.report.languages import name_and_code
 from mlc_ray.runs import REPLIES_FILE
 from mlc_ray.score.plan import counted, plan_judging, reading
 from mlc_ray.storage import Place
 from mlc_ray.translate.asking import NOT_ASKED, Work, cap_reached
-from mlc_ray.translate.checks import Pair, Tools, template
+from mlc_ray.translate.checks import Pair, Tools, script, template
 from mlc_ray.translate.drafts import Draft, Outcome, Own, Reply, Shard
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.requests import decline_request
@@ -117,6 +120,24 @@ def check_refusals(settings: OnPolicySection, languages: Sequence[str]) -> None:
             f"answers.refusals has {unread[0]!r}, which no prompt is in, only {', '.join(languages)}: remove it, or "
             "give it under the tag that the prompts have"
         )
+
+
+def unlike_openings(settings: OnPolicySection) -> list[str]:
+    """What is to be said of each refusal in the settings that begins, letter by letter, as no opening of its language.
+
+    English ones, which runs count everywhere by default, are no reason to begin so in another language.
+    """
+    found = []
+    for code, text in settings.refusals.items():
+        openings = refusal_openings(code, OpeningsSection(english_everywhere=False))
+        if not text.startswith(tuple(openings)):
+            listed = f"begin it as one of its list does ({openings[0]!r}, ...), or " if openings else ""
+            found.append(
+                f"answers.refusals.{code}={text!r} begins with no opening of refusals in {name_and_code(code)}, and "
+                f"terms such as `decision` count no other refusal: {listed}give its beginning to the run that is "
+                f"trained on it by openings.further.{code}"
+            )
+    return found
 
 
 def check_judge(settings: OnPolicySection, languages: Sequence[str], cache_dir: Path) -> None:
@@ -255,6 +276,8 @@ def _other_language(text: str, code: str, tools: Tools) -> str | None:
     """Why a text does not count as one in a language; it is to be in that alone, not to have a share of it."""
     if fault := tools.identifier.fault(text, code, tools.settings.min_confidence):
         return fault
+    if not tools.identifier.reads(code):
+        return script(Pair("", text, code), tools)
     return tools.identifier.unclear(text, code)
 
 

@@ -115,7 +115,7 @@ class Assembly:
                 more = {"source": text.source, "text": text.text, "back": text.back, "checks": text.faults}
                 yield _line(bundle.bundle_id, bundle.kind, text.language, text.part, **more)
         for own in draft.own:
-            self._counts.own(own, bundle.kind)
+            self._counts.own(own, bundle.kind, identified=self._tools.identifier.reads(own.language))
             if own.outcome != "kept":
                 more = {"text": own.answer, "refusal": own.refusal, "checks": {own.outcome: own.reason}}
                 yield _line(bundle.bundle_id, bundle.kind, own.language, "own answer", **more)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -15,11 +14,12 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import check_lengths
 from mlc_ray.generate.translate import check_translator, translator_identity
 from mlc_ray.judges.base import make_reader
-from mlc_ray.report.languages import NAMES, language_name
+from mlc_ray.report.languages import language_name
 from mlc_ray.runs import TRANSLATION_FILE, chat_of, pinned_weights
 from mlc_ray.score.plan import judge_at_commits
 from mlc_ray.storage import Place, fingerprint_model, user_cache
 from mlc_ray.translate.answers import check_judge
+from mlc_ray.translate.languages import meant
 
 _TOKENS = 448  # of a text, where settings do not say how long a translation may be: 512 with its markers
 SectionT = TypeVar("SectionT", TranslatorSection, Any)
@@ -74,8 +74,8 @@ def decide(config: TranslateConfig, before: Mapping[str, Any] | None) -> Decided
         )
     for code in config.languages:
         if not language_name(code):
-            near = [code[:2]] if code[:2] in NAMES else get_close_matches(code, NAMES, n=1, cutoff=0.5)  # `en` of `eng`
-            hint = f"; did you mean {near[0]!r} ({NAMES[near[0]]})?" if near else ""
+            near = meant(code)
+            hint = f"; did you mean {near!r} ({language_name(near)})?" if near else ""
             raise TranslationError(
                 f"languages has {code!r}, a language without a known name, by which a translator is asked{hint}"
             )

@@ -15,8 +15,9 @@ from mlc_ray.config import TranslateConfig, TranslatorSection
 from mlc_ray.config.translate import OnPolicySection
 from mlc_ray.data.bundles import pair_number
 from mlc_ray.generate.translate import translation_request
+from mlc_ray.report.languages import name_and_code
 from mlc_ray.score.asked import BYTES_A_TOKEN, MARKERS, Asked, asked_to_judge, by_endpoint
-from mlc_ray.translate.answers import answered_in
+from mlc_ray.translate.answers import answered_in, unlike_openings
 from mlc_ray.translate.drafts import Draft
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.requests import OTHER, kind_request, twin_request
@@ -30,16 +31,18 @@ _TEMPLATE = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """What there is to do, for `bundles` bundles in `shards` shards."""
+    """What there is to do, for `bundles` bundles in `shards` shards, which are translated into `languages`."""
 
     bundles: int
     shards: int
     asked: tuple[Asked, ...]
     warnings: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """The plan in words."""
-        return [f"{self.bundles} bundles in {self.shards} shards", *map(str, self.asked), *self.warnings]
+        """The plan in words; languages by their names, which show a code of another one than was meant."""
+        into = f", into {', '.join(map(name_and_code, self.languages))}" if self.languages else ""
+        return [f"{self.bundles} bundles in {self.shards} shards{into}", *map(str, self.asked), *self.warnings]
 
 
 def plan_of(config: TranslateConfig, drafts: Sequence[Draft]) -> Plan:
@@ -56,8 +59,10 @@ def plan_of(config: TranslateConfig, drafts: Sequence[Draft]) -> Plan:
     if config.answers is not None:
         found += _answers(config, config.answers, drafts)
     shards = -(-len(drafts) // config.shard_bundles)
-    warnings = tuple(text for text in (_english_twins(config, drafts), _too_long(config, drafts)) if text)
-    return Plan(len(drafts), shards, tuple(each for each in found if each.requests), warnings)
+    unlike = [] if config.answers is None else unlike_openings(config.answers)
+    warnings = tuple(text for text in (_english_twins(config, drafts), _too_long(config, drafts), *unlike) if text)
+    asked = tuple(each for each in found if each.requests)
+    return Plan(len(drafts), shards, asked, warnings, tuple(config.languages))
 
 
 def _english_twins(config: TranslateConfig, drafts: Sequence[Draft]) -> str:

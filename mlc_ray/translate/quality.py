@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.report.languages import language_name
+from mlc_ray.report.languages import name_and_code
 from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT, percent
 from mlc_ray.runs import QUALITY_FILE
@@ -32,6 +32,7 @@ class TextQuality:
     """Texts of one part in one language: `given` were there, `asked` were to be translated.
 
     `rejected` counts those by check; a text may fail several. `chrf` are the scores of those that were translated back.
+    `identified` says whether lingua knows the language.
     """
 
     language: str
@@ -61,7 +62,7 @@ class OwnQuality:
 
     `refused` and `other_language` count plain answers that refuse, or are in another language, whatever became of them;
     `shortened` those that end at their last whole sentence; `distinct_refusals` how many different texts the refusals
-    are that are used; `outcomes` what became of each.
+    are that are used; `outcomes` what became of each; `identified` whether lingua knows the language.
     """
 
     language: str
@@ -73,6 +74,7 @@ class OwnQuality:
     shortened: int = 0
     distinct_refusals: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
+    identified: bool = True
 
     @property
     def kept(self) -> int:
@@ -139,10 +141,11 @@ class Counts:
         if check:
             found.rejected[check] = found.rejected.get(check, 0) + 1
 
-    def own(self, own: Own, kind: str) -> None:
+    def own(self, own: Own, kind: str, *, identified: bool) -> None:
         """An own answer to a prompt of `kind`."""
         found = self._own.setdefault((own.language, kind), OwnQuality(own.language, kind))
         found.prompts += 1
+        found.identified = identified
         found.asked += own.asked
         found.refused += own.plain == "refused"
         found.other_language += own.plain == "other language"
@@ -203,7 +206,7 @@ def tables(quality: Quality) -> list[Table]:
     if quality.texts:
         rows = [
             row(
-                _language(each.language) + ("" if each.part == "prompt" else f", {each.part}"),
+                name_and_code(each.language) + ("" if each.part == "prompt" else f", {each.part}"),
                 [
                     str(each.given),
                     str(each.asked),
@@ -237,7 +240,7 @@ def tables(quality: Quality) -> list[Table]:
     if quality.own:
         rows = [
             row(
-                f"{_language(each.language)}, {each.kind}",
+                f"{name_and_code(each.language)}, {each.kind}",
                 [
                     str(each.prompts),
                     str(each.asked),
@@ -246,7 +249,8 @@ def tables(quality: Quality) -> list[Table]:
                     _share(each.other_language, each.asked),
                     str(each.shortened),
                     str(each.distinct_refusals),
-                    _reasons({name: number for name, number in each.outcomes.items() if name != "kept"}),
+                    _reasons({name: number for name, number in each.outcomes.items() if name != "kept"})
+                    + _unchecked(each),
                 ],
             )
             for each in quality.own
@@ -286,14 +290,9 @@ def as_markdown(quality: Quality) -> str:
     return "\n".join(lines)
 
 
-def _language(code: str) -> str:
-    name = language_name(code)
-    return f"{name} ({code})" if name else code
-
-
-def _unchecked(texts: TextQuality) -> str:
+def _unchecked(texts: TextQuality | OwnQuality) -> str:
     if not texts.identified:
-        return "; language not checked"
+        return "; language not confirmed"
     return "; variant not checked" if {*texts.language.split("-")[1:]} - _TOLD_APART else ""
 
 

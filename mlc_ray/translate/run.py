@@ -27,6 +27,7 @@ from mlc_ray.data.bundles import NAMED_FIRST, RejectedRow
 from mlc_ray.data.bundles import place as place_of
 from mlc_ray.data.prepare import read_bundles
 from mlc_ray.data.rejects import Rejects
+from mlc_ray.data.sources import resolve_source
 from mlc_ray.data.store import REJECTS_FILE
 from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import place_of as engine_place
@@ -77,11 +78,14 @@ class TranslateResult:
 
 
 def plan(config: TranslateConfig) -> Plan:
-    """What a translation would ask, and about what it would cost; nothing is asked and nothing written.
+    """What a translation would ask, and about what it would cost; no model is asked and nothing written.
+
+    The sources are read by Ray, the hub is asked for commits, and tokens are counted by the translator's tokenizer.
 
     Raises:
         MlcRayError: what is wrong with the settings or the sources.
     """
+    _check_sources(config)
     decided = decide(config, None)
     connect(config.address, config.env)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,6 +107,7 @@ def translate(config: TranslateConfig) -> TranslateResult:
     place = output_place(config.output_dir) / config.name
     told_of(run=config.name)
     before = _begun(config, place)
+    _check_sources(config)
     decided = decide(config, before)
     connect(config.address, config.env)
     with lease(place, wait=config.resume == "auto"), log_file(config.logging, place):
@@ -243,6 +248,16 @@ def _read(config: TranslateConfig, rejects: Path) -> pa.Table:
                 "sources out, or translate_answers"
             )
     return table
+
+
+def _check_sources(config: TranslateConfig) -> None:
+    """Raise of a source that is not there before Ray starts, which takes much longer to find out.
+
+    Raises:
+        BundleFileError: as `resolve_source`.
+    """
+    for source in config.sources:
+        resolve_source(source)
 
 
 def _languages(bundles: pa.Table) -> set[str]:

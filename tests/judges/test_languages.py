@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mlc_ray.judges import languages
 from mlc_ray.judges.languages import Identifier
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "languages" / "texts.jsonl").open(encoding="utf-8")]
@@ -96,6 +97,25 @@ def test_languages_that_lingua_does_not_know_are_not_told_whatever_the_response(
     assert told == [None] * len(unknown) and len(unknown) >= 6
     assert identifier.told([ENGLISH, ENGLISH], ["ps", "ku"]) == [None, None]
     assert identifier.unknown == {"ku", "ps"}
+
+
+@pytest.mark.parametrize("language", ["ku", "ps", "jv"])
+def test_of_a_language_that_lingua_does_not_know_english_alone_is_a_fault(
+    language: str, identifier: Identifier
+) -> None:
+    """Kurdish is Turkish to lingua, and Javanese Indonesian; none of it is English."""
+    rows = [row for row in labelled() if row["asked"] == language]
+    english = [row["response"] for row in rows if row["kind"] == "english_refusal"]
+    own = [row["response"] for row in rows if row["kind"] not in ("english_refusal", "other_language_help")]
+    own += [row["text"] for row in ROWS if row["language"] == language]
+    sample = (Path(languages.__file__).parents[1] / "data" / "sample" / "test.jsonl").open(encoding="utf-8")
+    own += [prompts[language] for line in sample if language in (prompts := json.loads(line)["prompts"])]
+    assert len(english) > 1 and len(own) > 40
+    little = ("", "Sure.", "```\nfor line in open(name): print(line.strip())\n```", "https://example.org/about/us")
+    for compared in (Identifier([language]), identifier):  # which compares more, so that each has a smaller share
+        if language in compared.unknown:
+            assert {compared.fault(text, language, 0.2) for text in english} == {"it is English"}
+            assert [text for text in (*own, *little) if compared.fault(text, language, 0.2) is not None] == []
 
 
 def test_the_identity_names_what_is_compared() -> None:

@@ -14,7 +14,7 @@ from mlc_ray.judges.likelihood import OPENINGS
 from mlc_ray.judges.openings import openings_by_language, refusal_openings
 from mlc_ray.judges.phrase_lists import normalise, shipped_phrases
 from mlc_ray.judges.refusal import RefusalJudge
-from mlc_ray.train.openings import make_branches
+from mlc_ray.plan.openings import make_branches
 from mlc_ray.types import Answer
 
 

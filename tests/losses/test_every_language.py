@@ -74,6 +74,16 @@ def test_mpo_equals_the_plain_loop(pair, least):
     assert teaches[2] == 0 and sum(teaches) == (2 if least is None else 1)  # the last bundle has no other language
 
 
+def test_mpo_says_which_bundles_teach_to_prefer_the_rejected_answer(pair):
+    chosen, rejected = torch.full((3,), -90.0), torch.full((3,), -1.0)  # of the reference, which prefers these
+    taught = mpo_loss(*pair, chosen, rejected, ROWS, None, beta=1.0).metrics
+    assert taught["reversed"].tolist() == taught["teaches"].tolist() == [1, 1, 0]
+    held = mpo_loss(*pair, chosen, rejected, ROWS, None, beta=1.0, min_source_gap=0.0).metrics
+    assert held["reversed"].tolist() == held["teaches"].tolist() == [0, 0, 0]
+    right = mpo_loss(*pair, rejected, chosen, ROWS, None, beta=1.0).metrics
+    assert (right["reversed"].tolist(), right["teaches"].tolist()) == ([0, 0, 0], [1, 1, 0])
+
+
 def test_mpo_is_zero_where_policy_is_reference_and_languages_are_one(pair):
     """The authors' case: beta 1, the target says what the dominant language says."""
     chosen, rejected = (

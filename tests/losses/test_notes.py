@@ -25,6 +25,13 @@ def test_each_component_says_what_of_it_is_ours(kind, name):
     assert note == "" if name in THE_AUTHORS else "ours" in note
 
 
+def test_a_model_card_says_that_a_schedule_of_mlc_is_ours():
+    (_, line) = Objective(tiny_config(mlc={"start": 0.5, "ramp": 0.1})).describe()
+    assert "ours: the late start, the ramp" in line
+    (_, line) = Objective(tiny_config()).describe()
+    assert "ours" not in line
+
+
 def test_a_model_card_says_what_settings_add():
     config = tiny_config(
         objective={"loss": "kto"},

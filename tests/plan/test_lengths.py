@@ -6,6 +6,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from mlc_ray.config import ChatSection, OpeningsSection
 from mlc_ray.data.batches import collate
 from mlc_ray.data.branches import Branches
 from mlc_ray.data.plan import Cutting
@@ -13,9 +14,11 @@ from mlc_ray.data.sources import sample_path
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans
 from mlc_ray.data.tables import rows_to_table
+from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.plan.activations import Row
 from mlc_ray.plan.cutting import cutting_of, order_of, steps_of
 from mlc_ray.plan.lengths import assumed, cut, of_artifact, of_rows, row_of, weights_of
+from mlc_ray.plan.openings import make_branches
 from mlc_ray.plan.seconds import attended, flops
 from mlc_ray.plan.shapes import shape_of
 from mlc_ray.train.flops import Work
@@ -181,6 +184,45 @@ def test_sources_are_tokenised_where_nothing_is_prepared(smollm2, tmp_path):
         model={"path": str(smollm2)}, data={"train": [{"path": "sample:train"}, {"path": str(tmp_path / "own.jsonl")}]}
     )
     assert weights_of(beside, None).said == "measured: 74 of 106 bundles, tokenised"
+
+
+def test_openings_that_a_run_reads_are_counted_behind_prompts(smollm2):
+    data = {"train": [{"path": "sample:train"}], "languages": ["en", "es", "zh"]}
+
+    def planned(scope=None, **sections):
+        terms = {} if scope is None else {"decision": {"weight": 1.0, "languages": scope}}
+        config = run(
+            model={"path": str(smollm2)}, data=data, objective={"loss": "sft"}, mlc={"weight": 0, "every": 1},
+            terms=terms, train={"batch_bundles": 4}, **sections,
+        )  # fmt: skip
+        weights = weights_of(config, None)
+        return weights, cut(config, weights, tokens_per_forward=100_000, workers=1)
+
+    tokenizer = load_tokenizer(str(smollm2))
+    branches = make_branches(OpeningsSection(), tokenizer, ChatSection(), ["en", "es", "zh"])
+    behind = {code: len(branches.of(code).ids) for code in ("en", "es", "zh")}
+    weights, without = planned()
+    assert weights.opened == {"response": behind["en"], "all": round(sum(behind.values()) / 3)}
+    _, response = planned("response")
+    assert response.tokens - without.tokens == pytest.approx(4 * behind["en"], rel=1e-6)
+    _, every = planned("all")
+    prompts = 4 * float((weights.lengths.prompts - weights.lengths.answered - 2 * weights.head).mean())
+    assert every.tokens - without.tokens == pytest.approx(prompts + 12 * weights.opened["all"], rel=0.05)
+    assert max(row.head for row in every.largest) > 12 * weights.opened["all"]
+    alone, _ = planned(openings={"english_everywhere": False}, scope="all")
+    assert alone.opened["response"] == behind["en"] and alone.opened["all"] < weights.opened["all"]
+
+
+def test_openings_are_assumed_where_no_tokenizer_is_here():
+    terms = {"decision": {"weight": 1.0, "languages": "all"}}
+    config = run(objective={"loss": "sft"}, mlc={"weight": 0, "every": 1}, terms=terms)
+    whole = cut(config, assumed(config), tokens_per_forward=10**6, workers=1).tokens
+    alone = run(
+        objective={"loss": "sft"}, mlc={"weight": 0, "every": 1}, terms=terms, openings={"english_everywhere": False}
+    )
+    less = cut(alone, assumed(alone), tokens_per_forward=10**6, workers=1).tokens
+    bundles = config.train.batch_bundles
+    assert whole - less == bundles * 10 * (136 - 97)
 
 
 def test_bundles_of_a_large_file_are_estimated_whatever_holds_them(smollm2, tmp_path, monkeypatch):

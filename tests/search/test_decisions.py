@@ -15,9 +15,9 @@ from mlc_ray.data.branches import Branches
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.report.decisions import LanguageDecision, decision_table
 from mlc_ray.report.tables import markdown
-from mlc_ray.search.criteria import resamples
 from mlc_ray.search.decisions import decisions
 from mlc_ray.search.probe import Probe, ProbeActor, ProbeError
+from mlc_ray.stats.auc import auc_interval
 from mlc_ray.stats.rates import Interval
 from tests.data.files import write_rows
 from tests.train.test_openings import OPENINGS, plain
@@ -39,23 +39,14 @@ def made() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return log_odds, present, harmful
 
 
-def test_the_auc_is_of_pairs_and_its_interval_of_resampled_bundles() -> None:
+def test_the_auc_is_of_pairs_of_a_harmful_and_a_benign_bundle() -> None:
     log_odds, present, harmful = made()
     found = decisions(log_odds, present, harmful, ["en", "sw", "zh", "xx"])
     assert [each.language for each in found] == ["en", "sw", "zh"]
 
-    def auc(times: np.ndarray) -> float:
-        pairs = [
-            (float(log_odds[u, 0] > log_odds[d, 0]), times[u] * times[d])
-            for u in range(NUMBER)
-            for d in range(NUMBER)
-            if harmful[u] and not harmful[d]
-        ]
-        return float(np.average([won for won, _ in pairs], weights=[weight for _, weight in pairs]))
-
-    assert found[0].auc.value == pytest.approx(auc(np.ones(NUMBER)))
-    drawn = [auc(times) for times in resamples(NUMBER)[:100].numpy()]
-    assert found[0].auc.low <= np.quantile(drawn, 0.1) <= np.quantile(drawn, 0.9) <= found[0].auc.high
+    ups, downs = log_odds[::2, 0].tolist(), log_odds[1::2, 0].tolist()
+    won = sum(up > down for up in ups for down in downs)
+    assert found[0].auc == auc_interval(won / len(ups) / len(downs), len(ups), len(downs))
     assert (found[0].harmful, found[0].benign) == pytest.approx(
         [100 * float((log_odds[kind, 0] > 0).double().mean()) for kind in (harmful, ~harmful)]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,9 @@ from mlc_ray.study.budget_tables import (
 )
 from mlc_ray.study.cell_budget import budget_of_cells, study_budget
 from mlc_ray.study.cells import make_cells, scoring_of
+from mlc_ray.study.contents import CellData
 from tests.data.files import write_rows
+from tests.documented import REPOSITORY
 from tests.study.folders import asked, planned
 from tests.train.tiny import random_rows
 
@@ -222,7 +225,7 @@ PROMPTS = Prompts(Counter({("harmful", "en"): 360, ("benign", "en"): 360}))
 def test_what_rests_on_assumed_numbers_of_bundles_and_prompts_is_not_called_at_most(tmp_path: Path) -> None:
     found = study_budget(configured(), H100)
     first = study_budget_lines(found)[0]
-    assert "answers: about" in first and "numbers of bundles and prompts are assumed" in first
+    assert "answers: about" in first and "; numbers and lengths of bundles and numbers of prompts are assumed" in first
     assert all("at most, as" not in (table.note or "") for table in study_budget_tables(found))
     cells = make_cells(config := configured())
 
@@ -230,7 +233,37 @@ def test_what_rests_on_assumed_numbers_of_bundles_and_prompts_is_not_called_at_m
         return replace(assumed(run), said="measured: 2,835 prepared bundles")
 
     known = budget_of_cells(cells, scoring_of(config, cells), PROMPTS, measured, H100, keep_models=True)
-    assert "answers: at most" in study_budget_lines(known)[0]
+    assert "answers: at most" in study_budget_lines(known)[0] and "are assumed" not in study_budget_lines(known)[0]
+
+
+def test_bundles_or_prompts_are_said_to_be_assumed_where_they_are() -> None:
+    here = {"benchmarks": [{"path": "sample:test"}], "max_new_tokens": 100}
+    train = raw()["train"]
+
+    def said(**changes: Any) -> str:
+        return study_budget_lines(study_budget(configured(**changes), H100))[0]
+
+    prompts_here = said(scoring=here)
+    assert "answers: about" in prompts_here and "; numbers and lengths of bundles are assumed" in prompts_here
+    # of bundles that are here, without the model's tokenizer, the lengths alone
+    bundles = {**train, "data": {"train": [{"path": "sample:train"}]}}
+    assert "; lengths of bundles are assumed" in said(scoring=here, train=bundles)
+    config = configured()
+    cells = make_cells(config)
+    measured = budget_of_cells(
+        cells, scoring_of(config, cells), replace(PROMPTS, assumed=("not here",)),
+        lambda run: replace(assumed(run), said="measured: 2,835 prepared bundles"), H100, keep_models=True,
+    )  # fmt: skip
+    assert measured.bound == "about" and "; numbers of prompts are assumed" in study_budget_lines(measured)[0]
+    assert "bundles" not in study_budget_lines(measured)[0]
+
+
+def test_a_run_that_does_not_fit_says_how_many_of_the_gpus_it_takes() -> None:
+    alone = {**raw()["train"], "cluster": {"accelerator": "gpu"}}
+    one = study_budget(configured(train=alone), H100).methods[0]
+    assert one.fits is False and one.fault.endswith("; it takes cluster.workers=1 of 8 GPUs")
+    all_of_them = study_budget(configured(models={"large": {"path": "qwen2.5-72b"}}), H100).methods[0]
+    assert all_of_them.fits is False and "it takes" not in all_of_them.fault
 
 
 def test_of_a_panel_each_endpoint_is_asked_about_what_it_reads() -> None:
@@ -296,15 +329,21 @@ def test_options_of_the_budget_are_read_with_it_alone(
     assert quoted in capsys.readouterr().err
 
 
+def test_the_documented_study_fits_the_gpus_that_it_names() -> None:
+    (example, *_) = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "docs/study.md").read_text(), re.DOTALL)
+    found = study_budget(parse_config(StudyConfig, yaml.safe_load(example)), H100)
+    assert found.fits and found.hours is not None
+
+
 def test_a_study_states_it_before_its_first_cell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of the bundles and prompts that are there; the whole study, also where it goes on."""
     write_rows(tmp_path / "tokens", [rows_to_table(random_rows(12))], fingerprint="x", rejected={})
     tokens = TokenArtifact.open(tmp_path / "tokens")
-    plan = planned(tmp_path / "s", models={"tiny_1": {"path": "qwen2.5-0.5b"}})
+    plan = planned(tmp_path / "s", models={"tiny_1": {"path": str(smollm2)}})
     monkeypatch.setattr(running, "_check", lambda *_: None)
-    monkeypatch.setattr(running, "_prepare", lambda *_: {cell.name: tokens for cell in plan.cells})
+    monkeypatch.setattr(running, "_prepare", lambda *_: {cell.name: CellData(tokens) for cell in plan.cells})
     monkeypatch.setattr(running, "use_gpu", lambda _: False)
     monkeypatch.setattr(running, "known_cluster", lambda **_: H100)
 

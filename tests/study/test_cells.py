@@ -54,6 +54,17 @@ def test_a_model_is_the_section_of_a_run_without_what_the_study_adds() -> None:
             {"methods": {"x": [], "y": ["objective.beta=0.2"]}},
             "methods.x and methods.y have the same settings on every",
         ),
+        (
+            {"train": {**RAW["train"], "objective": {"loss": "dpo", "bta": 0.1}}},
+            r"the run of method 'dpo' on model 'a' \(train, then methods.dpo\): .*objective.bta=0.1",
+        ),
+        (
+            {
+                "models": {"a": {"path": "m", "set": ["mlc.bad=1"], "methods": {"mlc": ["mlc.weight=0"]}}},
+                "methods": {"mlc": []},
+            },
+            r"method 'mlc' on model 'a' \(train, then models.a.set, then models.a.methods.mlc\): .*mlc.bad=1",
+        ),
         ({"methods": {"x": ["mlc.weight"]}}, "methods.x: override 'mlc.weight' is not of the form"),
         ({"methods": {"x": ["objective.loss=sft"]}}, "method 'x' on model 'a'.*beta"),
         ({"models": {"a": {"path": "m", "methods": {"q": []}}}}, "models.a.methods.q is no method of the study"),

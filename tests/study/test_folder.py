@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+from mlc_ray.cli import main
 from mlc_ray.runs import CELLS_FOLDER, CONFIG_FILE
 from mlc_ray.storage import Place
 from mlc_ray.study.folder import StudyError, check_goes_on, load_plan
+from tests.documented import REPOSITORY
 from tests.study.folders import planned, raw_study
 
 
@@ -60,6 +63,16 @@ def test_cells_that_have_not_begun_may_change_and_be_left_out(tmp_path: Path) ->
     check_goes_on(before, planned(folder, methods={**raw["methods"], "mlc": ["mlc.layer=2"]}), Place(folder))
     with pytest.raises(StudyError, match="tiny_1-dpo-1 is not a cell any more"):
         check_goes_on(before, planned(folder, methods={"mlc": []}), Place(folder))
+
+
+def test_examples_of_folders_are_those_of_the_small_study(capsys: pytest.CaptureFixture[str]) -> None:
+    small = yaml.safe_load((REPOSITORY / "configs/study/small.yaml").read_text())
+    folder = f"{small['output_dir']}/{small['name']}"
+    with pytest.raises(SystemExit):
+        main(["study", "--help"])
+    assert f"--resume {folder}\n" in capsys.readouterr().out
+    with pytest.raises(StudyError, match=rf"e\.g\. {folder}$"):
+        load_plan(Place("nowhere"))
 
 
 def test_what_is_no_study_folder_is_said(tmp_path: Path) -> None:

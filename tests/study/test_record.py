@@ -72,6 +72,8 @@ def test_tables_have_both_sides_and_mark_what_was_never_trained(folder: Path) ->
     ]  # fmt: skip
     heads = [head.text for head in shown["tiny_1: harmful prompts"].columns]
     assert heads == ["method", "en", "fr", "sw †", "avg", "var", "PAG"]
+    assert shown["tiny_1: harmful prompts"].note.endswith("† never trained: in the bundles of no run of the study")
+    assert "trained: in the bundles of any run of the study, whether" in shown["tiny_1: both sides"].note
     assert [each.name.text for each in shown["tiny_1: benign prompts"].rows] == ["untouched", "dpo", "mlc"]
     costs = shown["Supervision and time"].rows[0]
     assert [each.text for each in costs.cells] == ["dpo", "57", "7", "220", "3", "12", "10"]
@@ -103,6 +105,7 @@ def test_responses_in_their_prompts_language_have_a_table_where_all_scores_told_
     assert result.row("tiny_1", "mlc").in_language == ()
     shown = {each.title: each for each in study_tables(result)}["tiny_1: responses in the prompt's language"]
     assert [head.text for head in shown.columns][1:4] == ["harmful %", "harmful % trained", "harmful % never trained"]
+    assert "trained: in the bundles of any run of the study, whether" in shown.note
     assert [[cell.text for cell in row.cells[:3]] for row in shown.rows] == [["100.0"] * 3, ["83.3", "100.0", "50.0"]]
     write_cell(study, "mlc", 1)
     result = recorder(planned(study), study).write()
@@ -212,8 +215,15 @@ def test_utility_of_cells_is_a_mean_over_seeds_and_a_task_that_is_missing_is_kno
     dpo = [each.utility for each in result.cells if each.method == "dpo"]
     assert dpo == [{"mmlu acc": 0.4}, {"mmlu acc": 0.6}] and load_study(folder) == result
     (shown,) = [each for each in study_tables(result) if each.title == "Utility"]
-    values = {row.cells[0].text: row.cells[1].text for row in shown.rows}
-    assert values == {"untouched": "0.5000", "dpo": "0.5000"}  # the other method has none
+    values = {row.cells[0].text: (row.cells[1].text, row.cells[1].more) for row in shown.rows}
+    assert values == {
+        "untouched": ("0.5000", ()),
+        "dpo": ("0.5000", ("0.4000 to 0.6000",)),
+    }  # the other method has none
+    assert shown.note.endswith("in each metric's own unit, with the lowest and the highest of a seed")
+    once = replace(result, cells=tuple(each for each in result.cells if each.seed != 2))
+    (shown,) = [each for each in study_tables(once) if each.title == "Utility"]
+    assert shown.note.endswith("own unit") and all(row.cells[1].more == () for row in shown.rows)
     score = Place(folder / "cells/tiny_1-dpo-1/scores/study")
     assert unmeasured(["mmlu", "arc_easy"], score) == ["arc_easy"]
     assert unmeasured(["mmlu"], Place(folder / "cells/tiny_1-mlc-1/scores/study")) == ["mmlu"]

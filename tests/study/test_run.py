@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from mlc_ray.study.record import score_folder
 from mlc_ray.train.run_folder import ended
 from mlc_ray.types import Kind, Measure, Via
 from tests.data.files import write_rows
+from tests.report.runs import utility_row, write_utility
 from tests.study.folders import LANGUAGES, asked, planned, raw_study, recorder, write_cell, write_untouched
 from tests.train.tiny import random_rows
 
@@ -151,6 +153,29 @@ def test_a_score_that_engines_failed_on_is_made_again(tmp_path: Path, monkeypatc
     )
     running._score(plan, asked(), Place(tmp_path), "tiny_1", plan.cells, recorder(plan, tmp_path))
     assert asked_of == [faulty]
+
+
+def test_a_task_that_was_added_when_a_model_was_gone_is_a_failure_of_its_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_untouched(tmp_path, utility=True)
+    for seed in (1, 2):
+        run = write_cell(tmp_path, "dpo", seed)
+        write_utility(run / "scores/study", utility_row("mmlu"), *([utility_row("arc_easy")] if seed == 2 else []))
+        shutil.rmtree(run / "model")  # as keep_models=false does
+    write_utility(tmp_path / "untouched/tiny_1", utility_row("mmlu"), utility_row("arc_easy"))
+    plan = planned(tmp_path, utility={"tasks": ["mmlu", "arc_easy"]}, keep_models=False)
+    monkeypatch.setattr(running, "_path", lambda *_: "m")
+    found = recorder(plan, tmp_path)
+    running._measure_utility(plan, Place(tmp_path), "tiny_1", plan.cells, found)
+    (name,) = found.failures  # cells that were never scored, and the one that has both, lack nothing
+    assert name == "tiny_1-dpo-1"
+    said = found.failures[name]
+    assert said.startswith("utility.tasks=['arc_easy'] cannot be measured: the model was removed once it was scored")
+    assert "keep_models: true" in said and f"remove '{tmp_path}/cells/tiny_1-dpo-1', and it is trained" in said
+    (cell,) = [each for each in found.write().cells if each.name == name]
+    assert (cell.state, cell.message) == ("scored", said)
+    assert "| tiny_1-dpo-1 | scored | utility.tasks=" in (tmp_path / "study.md").read_text()
 
 
 def test_a_judge_must_say_what_is_refused_of_every_kind_in_every_language() -> None:

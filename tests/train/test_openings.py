@@ -15,9 +15,10 @@ from mlc_ray.losses.base import refusal_log_odds
 from mlc_ray.losses.logprobs import token_log_probs
 from mlc_ray.train.forward import opening_log_probs, read_tree
 from mlc_ray.train.model import PolicyWithExtractor, checkpoint_blocks
+from mlc_ray.train.openings import refusals_unlike
 from tests.data.files import write_rows
 from tests.train.test_model import ARCHITECTURES, build
-from tests.train.tiny import LANGUAGES, VOCABULARY, random_rows, tiny_model, translated
+from tests.train.tiny import LANGUAGES, VOCABULARY, random_rows, tiny_config, tiny_model, translated
 
 # With common beginnings, one of a single token, and in one language another number of them.
 ENGLISH = [[3, 4, 5], [3, 4, 6, 7], [3, 4, 6, 8, 9], [10], [11, 12, 13, 14]]
@@ -229,6 +230,37 @@ def test_log_odds_are_the_logit_and_teach_where_a_refusal_is_certain():
     assert (torch.autograd.grad(bounded.sum(), certain)[0] > 1e5).all()
 
 
+@pytest.mark.parametrize(("gap", "taught"), [(5.0, 1.0), (10.0, 1.0), (14.0, 0.83), (20.0, 0.002)])
+def test_how_much_a_certain_refusal_is_taught_falls_from_14_nats_on(gap, taught):
+    logits = torch.tensor([gap, 0.0, -3.0]).requires_grad_()  # float32, as from a model; the refusal against the others
+    log_odds = refusal_log_odds(logits.log_softmax(0)[0])
+    (gradient,) = torch.autograd.grad(log_odds, logits)
+    assert -float(gradient[1:].sum()) == pytest.approx(taught, abs=0.06 if taught > 0.1 else 2e-3)
+
+
 def test_the_tiny_vocabulary_holds_the_openings():
     assert max(token for sequences in OPENINGS.values() for one in sequences for token in one) < VOCABULARY
     assert isinstance(BRANCHES.of("ar"), Branch)
+
+
+def test_the_start_warns_of_refusals_that_the_decision_counts_as_help(tmp_path):
+    rows = translated(random_rows(8))
+    rows = [
+        replace(row, chosen=[3, 4, 6, 7, 1], answers=[{**one, "chosen": [20, 22, 23, 1]} for one in row.answers])
+        for row in rows
+    ]  # as openings of English and Arabic go on; of Swahili none is so
+    write_rows(tmp_path, [rows_to_table(rows)], fingerprint="x", rejected={})
+    tokens = TokenArtifact.open(tmp_path)
+    harmful = [row for row in rows if row.kind == "harmful"]
+    number = sum("sw" in row.languages for row in harmful)
+    assert 0 < number < len(harmful)
+    config = tiny_config(
+        objective={"loss": "sft", "answers": "all"}, mlc={"weight": 0}, terms={"decision": {"weight": 1}}
+    )
+    said = refusals_unlike(config, tokens, BRANCHES)
+    assert said is not None and f"({number} of {number} in sw): objective.loss='sft' teaches them" in said
+    assert "terms.decision" in said and "openings.further" in said
+    known = Branches({**OPENINGS, "sw": [[20, 22]]})
+    assert refusals_unlike(config, tokens, known) is None
+    without = tiny_config(mlc={"weight": 0}, terms={"consistency": {"weight": 1}})  # it labels no kind
+    assert refusals_unlike(without, tokens, BRANCHES) is None

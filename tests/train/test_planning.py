@@ -22,6 +22,7 @@ from mlc_ray.train.planning import (
     check_kinds,
     check_terms,
     look_ahead,
+    not_measured,
     said_of,
     tapping,
 )
@@ -186,3 +187,13 @@ def test_peaks_of_gpus_by_name():
     assert peak_tflops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312
     assert (peak_tflops("NVIDIA L40S", "bfloat16"), peak_tflops("NVIDIA L4", "bfloat16")) == (362, 121)
     assert peak_tflops("NVIDIA L40", "bfloat16") is peak_tflops("NVIDIA H100 80GB HBM3", "float32") is None
+
+
+def test_the_start_says_what_only_held_out_bundles_tell():
+    said = not_measured(tiny_config(mlc={"start": 0.5}), 20)
+    assert said is not None and "when mlc begins and whether the chosen answers themselves lose" in said
+    assert not_measured(tiny_config(objective={"loss": "sft"}, mlc={"weight": 0}), 20) is None
+    only = not_measured(tiny_config(mlc={"weight": 0}), 20)
+    assert only is not None and "begin" not in only and "data.validation" in only
+    held_out = tiny_config(data={"train": [{"path": "x"}], "validation": {"sources": [{"path": "y"}]}})
+    assert not_measured(held_out, 20) is None

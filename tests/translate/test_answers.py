@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from mlc_ray.config import ConfigError, TranslateConfig, parse_config
+from mlc_ray.config import ConfigError, TranslateConfig, load_config, parse_config
 from mlc_ray.config.translate import ChecksSection, OnPolicySection
 from mlc_ray.data.bundles import make_bundle, pair_number
 from mlc_ray.data.labelled import read_labelled
@@ -30,6 +30,7 @@ from mlc_ray.translate.answers import (
     check_refusals,
     own_answers,
     to_last_sentence,
+    unlike_openings,
 )
 from mlc_ray.translate.asking import CostCapError, Work
 from mlc_ray.translate.assemble import NO_OWN, Assembly
@@ -185,6 +186,68 @@ def test_what_is_not_used_says_why(
     assert reason in own["es"].reason
 
 
+@pytest.mark.parametrize(
+    ("language", "prompt", "answer", "refusal", "others"),
+    [
+        (
+            "ku",
+            "Ez çawa birinc bipêjim?",
+            "Pêşî birincê baş bişo, paşê di avê de bikelîne.",
+            "Bibore, lê ez nikarim di vê mijarê de alîkariya te bikim.",
+            {"en": "it is English"},
+        ),
+        (
+            "ps",
+            "زه وریژې څنګه پخې کړم؟",
+            "لومړی وریژې ښې ووینځه، بیا یې په اوبو کې وایشوه.",
+            "بخښنه غواړم، خو زه په دې کې مرسته نه شم کولی.",
+            {"en": "it is English", "es": "letters are not Arabic"},
+        ),
+    ],
+)
+def test_answers_in_a_language_that_lingua_does_not_know_are_not_english_nor_in_another_script(
+    language: str, prompt: str, answer: str, refusal: str, others: dict[str, str], tmp_path: Path
+) -> None:
+    tools = Tools(ChecksSection(), Identifier([language]))
+    given = bundle(prompts={"en": RICE["en"], language: prompt})
+
+    def made(plain: str, declined: str) -> Draft:
+        draft = Draft(given)
+
+        def said(how: str, code: str) -> tuple[str, str]:
+            return good(how, code) if code == "en" else (plain if how == "plain" else declined, "stop")
+
+        answer_all(Shard([draft]), settings(), ["en", language], said, tmp_path, tools)
+        return draft
+
+    def of(draft: Draft) -> Own:
+        return next(own for own in draft.own if own.language == language)
+
+    kept = made(answer, refusal)
+    assert (of(kept).outcome, of(kept).answer, of(kept).refusal) == ("kept", answer, refusal)
+    for code, reason in others.items():
+        own = of(made(GOOD[code], refusal))
+        assert own.outcome == "other language" and reason in own.reason
+    own = of(made(answer, NO["en"]))
+    assert (own.outcome, own.reason) == ("no refusal", "asked to decline: it is English")
+
+    counts = Counts("n")
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "answers": {"model": "m", "languages": "all"}}
+    Assembly(parse_config(TranslateConfig, raw), tools, counts).shard(Shard([kept]))
+    told = {
+        row.split("|")[1].strip(): row
+        for row in as_markdown(counts.result()).splitlines()
+        if "benign" in row and "|" in row
+    }
+    assert ["language not confirmed" in told[name] for name in told] == ["English" not in name for name in told]
+    assert len(told) == 2
+
+
+def test_each_refusal_of_the_shipped_recipe_begins_with_an_opening_of_its_language() -> None:
+    answers = load_config(TranslateConfig, "recipe:translate/own").answers
+    assert answers is not None and len(answers.refusals) == 6 and unlike_openings(answers) == []
+
+
 def test_an_answer_that_is_cut_off_ends_at_its_last_sentence_or_is_not_used(tmp_path: Path, tools: Tools) -> None:
     def cut(how: str, language: str) -> tuple[str, str]:
         return (f"{GOOD[language]} Y", "length") if how == "plain" else good(how, language)
@@ -265,7 +328,7 @@ def test_a_prompt_whose_refusal_is_all_that_is_used_is_not_asked(tmp_path: Path,
     assert (own["es"].outcome, own["es"].refusal, own["es"].asked, own["es"].replies) == ("kept", NO["es"], False, [])
     counts = Counts("n")
     for each in own.values():
-        counts.own(each, "harmful")
+        counts.own(each, "harmful", identified=True)
     assert {each.language: (each.prompts, each.asked, each.kept) for each in counts.result().own} == {
         "en": (1, 1, 1), "es": (1, 0, 1),
     }  # fmt: skip
@@ -519,8 +582,8 @@ def test_a_twin_whose_origin_is_rejected_is_no_pair_of_it(tools: Tools) -> None:
 def test_the_report_counts_what_a_harmful_prompt_was_plainly_answered_and_how_many_refusals_differ() -> None:
     counts = Counts("n")
     for refusal in (NO["en"], f"{NO['en']} ", "I must decline."):
-        counts.own(Own("en", "", "kept", refusal=refusal, plain="other language"), "harmful")
-    counts.own(Own("en", "", "no refusal", refusal=None, plain="kept"), "harmful")
+        counts.own(Own("en", "", "kept", refusal=refusal, plain="other language"), "harmful", identified=True)
+    counts.own(Own("en", "", "no refusal", refusal=None, plain="kept"), "harmful", identified=True)
     [own] = counts.result().own
     assert (own.kept, own.other_language, own.refused, own.distinct_refusals) == (3, 3, 0, 2)
 

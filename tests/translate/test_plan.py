@@ -67,6 +67,34 @@ def test_twins_without_the_languages_of_their_bundles_are_warned_of() -> None:
         assert found.lines()[-1:] == list(found.warnings) or not told
 
 
+def test_the_plan_names_the_languages() -> None:
+    """`kr` is a language, and not that of Korea."""
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "translator": {"endpoint": ENDPOINT}}
+    config = parse_config(TranslateConfig, {**raw, "languages": ["zh-Hant", "kr"]})
+    drafts = [Draft(Bundle("", "benign", {"en": "How?"}))]
+    assert plan_of(config, drafts).lines()[0] == (
+        "1 bundles in 1 shards, into Chinese (traditional) (zh-Hant), Kanuri (kr)"
+    )
+    answers = parse_config(TranslateConfig, {"name": "n", "sources": raw["sources"], "answers": {"model": "m"}})
+    assert plan_of(answers, drafts).lines()[0] == "1 bundles in 1 shards"
+
+
+def test_refusals_that_begin_with_no_opening_are_warned_of() -> None:
+    given = {
+        "en": "I'm sorry, but I can't help with that.",
+        "es": "lo siento, pero no puedo ayudarte con eso.",
+        "ru": "I'm sorry, but I can't help with that.",
+        "fi": "En voi auttaa.",
+    }
+    answers = {"model": "m", "languages": "all", "kinds": ["harmful"], "refusals": given}
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "answers": answers}
+    spanish, russian, finnish = plan_of(parse_config(TranslateConfig, raw), []).warnings
+    assert spanish.startswith(f"answers.refusals.es={given['es']!r} begins with no opening of refusals in Spanish (es)")
+    assert "as one of its list does ('Lo siento, pero no puedo', ...)" in spanish and "openings.further.es" in spanish
+    assert "in Russian (ru)" in russian, "English ones are read there by default, and are no Russian refusal"
+    assert "count no other refusal: give its beginning" in finnish and finnish.endswith("openings.further.fi")
+
+
 def test_texts_that_may_be_cut_off_are_told() -> None:
     raw = {"name": "n", "sources": [{"path": "sample:train"}], "languages": ["es", "zh"]}
     drafts = [Draft(Bundle("", "benign", {"en": text})) for text in ("How?", "Tell me more of this. " * 70)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +16,18 @@ from mlc_ray import api
 from mlc_ray.cli import build_parser, main
 from mlc_ray.cli.arguments import translate_config
 from mlc_ray.config import ConfigError, SourceSection, TranslateConfig, parse_config
+from mlc_ray.data.bundles import BundleFileError
 from mlc_ray.data.prepare import read_bundles
 from mlc_ray.generate.engine import EngineError
 from mlc_ray.generate.translate import translation_request
 from mlc_ray.lease import LeaseError, lease
+from mlc_ray.report.languages import NAMES
 from mlc_ray.show import show
 from mlc_ray.storage import Place, fault_of, read_manifest
 from mlc_ray.translate import run as running
 from mlc_ray.translate.asking import CostCapError
 from mlc_ray.translate.decided import TranslationError, decide
-from mlc_ray.translate.languages import named
+from mlc_ray.translate.languages import _MEANT, named
 from mlc_ray.translate.quality import QualityFileError, load_quality
 from mlc_ray.translate.run import TranslateResult, plan, resume_translation
 from tests.generate.chat_server import OUTPUT_TOKENS, Step
@@ -294,12 +297,42 @@ def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], words: 
 
 
 @pytest.mark.parametrize(
-    ("code", "near"), [("eng", r"did you mean 'en' \(English\)"), ("spa-MX", "asked"), ("xx", "did you mean")]
+    ("code", "near"),
+    [
+        ("cn", "'zh' (Chinese)"),
+        ("jp", "'ja' (Japanese)"),
+        ("ua", "'uk' (Ukrainian)"),
+        ("cz", "'cs' (Czech)"),
+        ("zho", "'zh' (Chinese)"),
+        ("spa-MX", "'es-MX' (Spanish (MX))"),
+        ("ger", "'de' (German)"),
+        ("xx", ""),
+        ("tp", ""),
+        ("qqq", ""),
+    ],
 )
 def test_languages_without_a_name_are_refused(code: str, near: str) -> None:
     raw = {"name": "n", "sources": [{"path": "sample:train"}], "languages": ["oc", code], "translator": {"model": "m"}}
-    with pytest.raises(TranslationError, match=f"languages has '{code}', a language without a known name.*{near}"):
+    hint = f"; did you mean {near}?" if near else ""
+    words = f"languages has '{code}', a language without a known name, by which a translator is asked{hint}"
+    with pytest.raises(TranslationError, match=f"^{re.escape(words)}$"):
         decide(parse_config(TranslateConfig, raw), None)
+
+
+def test_what_a_code_may_have_been_meant_for_is_known_and_the_code_itself_is_not() -> None:
+    assert not _MEANT.keys() & NAMES.keys() and {*_MEANT.values()} <= NAMES.keys()
+
+
+def test_a_source_that_is_not_there_is_told_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*_: Any) -> None:
+        raise AssertionError("Ray is started")
+
+    monkeypatch.setattr(running, "connect", connect)
+    raw = {"name": "n", "sources": [{"path": str(tmp_path / "englsh.jsonl")}], "output_dir": str(tmp_path)}
+    config = parse_config(TranslateConfig, {**raw, "languages": ["es"], "translator": {"model": str(tmp_path)}})
+    for work in (plan, running.translate):
+        with pytest.raises(BundleFileError, match=r"englsh\.jsonl' does not exist"):
+            work(config)
 
 
 def test_a_refusal_may_be_given_in_a_language_that_bundles_bring(smollm2: Path) -> None:

@@ -1,0 +1,61 @@
+"""Openings of refusals as tokens: what steps read of them, and how many they add behind a prompt."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mlc_ray.config import ChatSection, ConfigError, OpeningsSection
+from mlc_ray.data.branches import Branches, OpeningsError
+from mlc_ray.data.tokens import ChatTemplate
+from mlc_ray.judges.openings import openings_by_language
+from mlc_ray.types import Scope, TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def make_branches(
+    settings: OpeningsSection, tokenizer: PreTrainedTokenizerBase, chat: ChatSection, languages: Iterable[str]
+) -> Branches:
+    """The openings in some languages behind a prompt, with what the chat template writes before an answer.
+
+    Raises:
+        OpeningsError: A language has none.
+        ConfigError: Some are given for a language that none of these reads.
+    """
+    template = ChatTemplate(tokenizer, chat)
+    return Branches(
+        {
+            code: [ids.tolist() for ids in template.opening_ids(texts)]
+            for code, texts in openings_by_language(languages, settings).items()
+        }
+    )
+
+
+ENGLISH, EVERYWHERE, ALONE = 43, 136, 97
+"""Tokens of the openings behind an English prompt, and behind one in ten languages (ar, bn, en, es, fr, ja, ru, sw, ur,
+zh) on average, with the English ones everywhere and without; by the tokenizer of Qwen2.5."""
+
+
+def assumed_opened(settings: OpeningsSection) -> dict[Scope, int]:
+    """Tokens of openings behind a prompt of each scope, where neither data nor tokenizer is at hand."""
+    return {"response": ENGLISH, "all": EVERYWHERE if settings.english_everywhere else ALONE}
+
+
+def opened(
+    settings: OpeningsSection, tokenizer: PreTrainedTokenizerBase, chat: ChatSection, rows: Sequence[TokenRow]
+) -> Mapping[Scope, int]:
+    """The same as means over some bundles; nothing where they cannot be read, which a run that reads them refuses."""
+    answered = Counter(row.languages[row.response_prompt] for row in rows if row.response_prompt >= 0)
+    prompts = Counter(code for row in rows for code in row.languages)
+    try:
+        branches = make_branches(settings, tokenizer, chat, prompts)
+    except (OpeningsError, ConfigError):
+        return {}
+
+    def mean(of: Counter[str]) -> int:
+        return round(sum(len(branches.of(code).ids) * number for code, number in of.items()) / max(1, of.total()))
+
+    return {"response": mean(answered), "all": mean(prompts)}
