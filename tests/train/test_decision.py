@@ -18,10 +18,10 @@ from mlc_ray.losses.measures import auc
 from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.cutting import cutting_of
 from mlc_ray.storage import Place
-from mlc_ray.train import run as run_module
 from mlc_ray.train.loop import Progress, loss_of
 from mlc_ray.train.planning import check_kinds, held_out_cutting
 from mlc_ray.train.reference import ReferenceOutput
+from mlc_ray.train.run import fingerprints_of
 from mlc_ray.train.settings import SettingsChangedError, refuse_other_content
 from mlc_ray.train.validation import Validation, batches_of, plans_of
 from mlc_ray.train.watch import Watch
@@ -184,16 +184,9 @@ def test_data_of_one_kind_are_refused(tmp_path):
 def test_a_run_goes_on_with_the_openings_that_it_began_with(tmp_path, monkeypatch):
     write_rows(tmp_path, [rows_to_table(ROWS)], fingerprint="x", rejected={})
     tokens = TokenArtifact.open(tmp_path)
-    for name, found in (
-        ("prepare_token_rows", tokens),
-        ("fingerprint_model", "m"),
-        ("_check_groups", None),
-        ("check_run", None),
-    ):
-        monkeypatch.setattr(run_module, name, lambda *_, found=found, **__: found)
 
     def said(config):
-        return run_module.prepare_data(config, cache_dir=tmp_path, layer=1, gpu=False).fingerprints
+        return fingerprints_of(config, tokens, None, model="m")
 
     before, again = said(configured()), said(configured())
     assert before == again and said(configured(terms={})).keys() == {"model", "tokens"}
