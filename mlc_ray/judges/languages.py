@@ -45,6 +45,11 @@ def scripts_of(code: str) -> frozenset[str] | None:
     return known if known in (None, {"Latin"}) or primary_language(code) in _ALSO_LATIN else known - {"Latin"}
 
 
+def prose(text: str) -> str:
+    """A text without code and addresses, which are in no language."""
+    return _ASIDE.sub(" ", text)
+
+
 class Identifier:
     """Tells languages apart: those asked about and what is like them, English, and those with shipped refusal phrases.
 
@@ -145,7 +150,7 @@ class Identifier:
 
     def _is_english(self, text: str) -> bool:
         """Whether a text of 20 letters and more, beside code and addresses, is by far likelier English than another."""
-        read = _ASIDE.sub(" ", text)[:_READ]
+        read = prose(text)[:_READ]
         if sum(map(str.isalpha, read)) < _SHORT:
             return False
         shares = self.shares(read)

@@ -69,7 +69,7 @@ Weigh: TypeAlias = Callable[[TrainConfig], Weights]
 
 
 class Weighing:
-    """A `Weigh` that is asked once of all runs whose bundles are tokenised in the same way."""
+    """A `Weigh` that is asked once of all runs whose bundles are tokenised in the same way, with the same openings."""
 
     def __init__(self, weigh: Weigh) -> None:
         self._weigh = weigh
@@ -77,7 +77,8 @@ class Weighing:
 
     def __call__(self, run: TrainConfig) -> Weights:
         """What those of a run weigh."""
-        if (key := same_tokens(run)) not in self._found:
+        key = f"{same_tokens(run)} {run.openings.model_dump_json()}"
+        if key not in self._found:
             self._found[key] = self._weigh(run)
         return self._found[key]
 
@@ -91,8 +92,7 @@ class Weighing:
 def same_tokens(run: TrainConfig) -> str:
     """The same for all runs whose bundles are tokenised in the same way."""
     model = {"path": run.model.path, "trust_remote_code": run.model.trust_remote_code}
-    sections = [each.model_dump(mode="json") for each in (run.data, run.chat, run.openings)]
-    return json.dumps([model, *sections])
+    return json.dumps([run.data.model_dump(mode="json"), model, run.chat.model_dump(mode="json")])
 
 
 def weights_of(config: TrainConfig, cache: Place | None) -> Weights:

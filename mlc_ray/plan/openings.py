@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mlc_ray.config import ChatSection, ConfigError, OpeningsSection
+from mlc_ray.config import ChatSection, OpeningsSection
 from mlc_ray.data.branches import Branches, OpeningsError
 from mlc_ray.data.tokens import ChatTemplate
-from mlc_ray.judges.openings import openings_by_language
+from mlc_ray.judges.openings import openings_by_language, refusal_openings
 from mlc_ray.types import Scope, TokenRow
 
 if TYPE_CHECKING:
@@ -25,13 +25,12 @@ def make_branches(
         OpeningsError: A language has none.
         ConfigError: Some are given for a language that none of these reads.
     """
+    return _branches(openings_by_language(languages, settings), tokenizer, chat)
+
+
+def _branches(openings: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase, chat: ChatSection) -> Branches:
     template = ChatTemplate(tokenizer, chat)
-    return Branches(
-        {
-            code: [ids.tolist() for ids in template.opening_ids(texts)]
-            for code, texts in openings_by_language(languages, settings).items()
-        }
-    )
+    return Branches({code: [ids.tolist() for ids in template.opening_ids(of)] for code, of in openings.items()})
 
 
 ENGLISH, EVERYWHERE, ALONE = 43, 136, 97
@@ -47,12 +46,15 @@ def assumed_opened(settings: OpeningsSection) -> dict[Scope, int]:
 def opened(
     settings: OpeningsSection, tokenizer: PreTrainedTokenizerBase, chat: ChatSection, rows: Sequence[TokenRow]
 ) -> Mapping[Scope, int]:
-    """The same as means over some bundles; nothing where they cannot be read, which a run that reads them refuses."""
+    """The same as means over some bundles; nothing where a language has none, which a run that reads them refuses.
+
+    Openings of further languages, which other bundles may have, are left out.
+    """
     answered = Counter(row.languages[row.response_prompt] for row in rows if row.response_prompt >= 0)
     prompts = Counter(code for row in rows for code in row.languages)
     try:
-        branches = make_branches(settings, tokenizer, chat, prompts)
-    except (OpeningsError, ConfigError):
+        branches = _branches({code: refusal_openings(code, settings) for code in prompts}, tokenizer, chat)
+    except OpeningsError:
         return {}
 
     def mean(of: Counter[str]) -> int:

@@ -102,7 +102,11 @@ def _forwarded(run: TrainConfig, weights: Weights) -> float:
     """Tokens that a run forwards where terms are in every step."""
     objective = Objective(run)
     rejected, pairing = objective.alignment.needs_rejected, objective.alignment.pairing
-    each = weights.lengths.own_tokens(head=0, taps=objective.ever_taps, rejected=rejected, pairing=pairing)
+    scope = objective.widest_scope
+    each = weights.lengths.own_tokens(
+        head=0, taps=objective.ever_taps, rejected=rejected, pairing=pairing,
+        scope=scope, openings=weights.opened.get(scope, 0),
+    )  # fmt: skip
     return float(each.mean()) * run.train.batch_bundles * steps_of(run, weights)
 
 

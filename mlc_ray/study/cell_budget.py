@@ -161,7 +161,8 @@ def _runs(model: str, method: str, number: int, plan: RunPlan, cluster: Cluster)
     if not memory.fits:
         _, _, needs, limit = broken(memory)
     seconds = number * (plan.wall_seconds - plan.reference_seconds) + plan.reference_seconds
-    fault = "" if memory.fits else f"{model} {method}: {said(plan)}{_idle(plan.workers, cluster)}"
+    idle = _idle(plan.workers, cluster) if memory.worker_bytes > memory.worker_limit else ""
+    fault = "" if memory.fits else f"{model} {method}: {said(plan)}{idle}"
     return MethodBudget(
         model=model, method=method, runs=number, steps=plan.steps, hours=seconds / 3600,
         gpu_hours=plan.workers * seconds / 3600, needs=needs, limit=limit, fits=memory.fits, fault=fault,

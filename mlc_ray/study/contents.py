@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,10 @@ from mlc_ray.score.results import load_scores
 from mlc_ray.storage import Place, fingerprint_model
 from mlc_ray.study.cells import Cell
 from mlc_ray.study.folder import Plan, StudyError
-from mlc_ray.study.record import is_complete, untouched_folder
+from mlc_ray.study.record import is_complete, score_folder, untouched_folder
 from mlc_ray.train.run import fingerprints_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class CellData:
 def check_contents(plan: Plan, folder: Place, data: Mapping[str, CellData]) -> None:
     """Refuse to go on with cells of another content: their seeds would be averaged, and methods compared, all the same.
 
-    Those that are trained or scored count as well; one that has recorded nothing yet is free.
+    Those that are trained or scored count as well; one that has recorded nothing yet is free. Where all cells are
+    scored, it is said and not refused.
 
     Args:
         plan: what the study is now.
@@ -56,13 +60,17 @@ def check_contents(plan: Plan, folder: Place, data: Mapping[str, CellData]) -> N
         if is_complete(score := untouched_folder(folder, model)):
             was, here = load_scores(score).fingerprint, fingerprint(path)
             faults += [] if was == here else [_said(f"{model}-{UNTOUCHED}", f"the model {path}", was, here)]
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise StudyError(
-            f"study folder {str(folder)!r} holds cells of another content ({'; '.join(faults[:5])}{more}), with which "
-            "those that are trained now could not be compared: restore what they were made of, or start a new study "
-            "under another name"
-        )
+    if not faults:
+        return
+    more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+    found = f"study folder {str(folder)!r} holds cells of another content ({'; '.join(faults[:5])}{more})"
+    if all(is_complete(score_folder(folder / CELLS_FOLDER / cell.name)) for cell in plan.cells):
+        logger.warning("%s; all cells are scored, and none of them is trained again", found)
+        return
+    raise StudyError(
+        f"{found}, with which those that are still to be trained could not be compared: restore what they were made "
+        "of, remove the folders of these cells, which are trained again then, or start a new study under another name"
+    )
 
 
 def _recorded(run: Place) -> Mapping[str, str]:
@@ -80,7 +88,7 @@ def _differing(cell: Cell, before: Mapping[str, str], now: Mapping[str, str]) ->
         "model": f"the model {config.model.path}",
         "tokens": f"the bundles of {_paths(config.data.train)} as tokens",
         "validation": f"the held-out bundles of {_paths([] if held_out is None else held_out.sources)} as tokens",
-        "openings": "the openings of refusals that this version lists",
+        "openings": "the openings of refusals in its languages",
     }
     return [
         _said(cell.name, what.get(name, name), before.get(name), now.get(name))

@@ -297,7 +297,8 @@ def _state(plan: Plan, prompts: Prompts, data: Mapping[str, CellData]) -> None:
     """Say what the whole study takes on the cluster that is there."""
     rows = prompts.table.select(["kind", "language", "sample"]).to_pylist()
     asked = ((row["kind"], row["language"]) for row in rows if not row["sample"])
-    weigh = Weighing(lambda run: of_artifact(data[run.name].tokens, run))
+    decides = any(cell.config.reads_decisions for cell in plan.cells)  # else no tokenizer is needed here
+    weigh = Weighing(lambda run: of_artifact(data[run.name].tokens, run if decides else None))
     state_budget(
         plan.cells, plan.scoring, Counted(Counter(asked)), weigh,
         known_cluster(gpu=_device(plan.cells[0]) == "gpu", labels=plan.cells[0].config.cluster.label_selector),

@@ -42,25 +42,35 @@ def branches_of(
     return make_branches(config.openings, tokenizer, config.chat, languages)
 
 
-def refusals_unlike(config: TrainConfig, tokens: TokenArtifact, branches: Branches | None) -> str | None:
+def refusals_unlike(
+    config: TrainConfig, artefacts: Sequence[TokenArtifact], branches: Branches | None = None
+) -> str | None:
     """What to warn of where chosen answers to harmful bundles begin with no opening, which a term counts as help.
 
-    The loss on answers teaches such an answer, and a term that labels kinds (`decision`) lowers its probability. Of
-    many bundles `LOOKED_AT` spread evenly are read. None where at least `MOST_OPEN` of each language's begin so, or
-    where no term labels kinds by `branches`.
+    The loss on answers teaches such an answer, and a term that labels kinds (`decision`) lowers its probability, in the
+    languages that both read. Of many bundles `LOOKED_AT` spread evenly are read. None where at least `MOST_OPEN` of
+    each language's begin so, or where no term labels kinds.
+
+    Args:
+        config: the run.
+        artefacts: its bundles, then those that are held out, whose languages may have openings too.
+        branches: the openings, which are made of the lists where they are not given.
     """
-    naming = [name for name, term in Objective(config).terms.items() if term.needs_kinds and term.needs_decisions]
-    if branches is None or not naming:
+    objective, tokens = Objective(config), artefacts[0]
+    naming = {name: term for name, term in objective.terms.items() if term.needs_kinds and term.needs_decisions}
+    if not naming or (branches := branches or branches_of(config, None, artefacts)) is None:
         return None
+    in_all = objective.alignment.pairing != "response" and any(term.needs_languages for term in naming.values())
     harmful = np.flatnonzero(tokens.kinds == KINDS.index("harmful"))
     rows = harmful[np.linspace(0, max(0, len(harmful) - 1), min(len(harmful), LOOKED_AT)).astype(np.int64)]
     answers, opening = Counter[str](), Counter[str]()
-    for row in tokens.rows(rows):
-        chosen = {row.response_prompt: row.chosen, **{each["prompt"]: each["chosen"] for each in row.answers}}
-        for prompt, ids in chosen.items():
+    for row in tokens.table(rows).select(_READ).to_pylist():
+        chosen = [(row["response_prompt"], row["chosen"])]
+        chosen += [(each["prompt"], each["chosen"]) for each in row["answers"]] if in_all else []
+        for prompt, ids in chosen:
             if not ids:
                 continue
-            code = row.languages[prompt]
+            code = row["languages"][prompt]
             answers[code] += 1
             opening[code] += any(tuple(ids[: len(one)]) == one for one in branches.openings[code])
     unlike = [
@@ -72,13 +82,15 @@ def refusals_unlike(config: TrainConfig, tokens: TokenArtifact, branches: Branch
         return None
     return (
         f"chosen answers to harmful bundles begin with no opening of a refusal ({', '.join(unlike)}): "
-        f"objective.loss={config.objective.loss!r} teaches them, and terms.{naming[0]} counts them as help and "
-        "lowers them; let them begin as an opening does, or give their beginnings by openings.further "
+        f"objective.loss={config.objective.loss!r} teaches them, and terms.{next(iter(naming))} counts them as help "
+        "and lowers them; let them begin as an opening does, or give their beginnings by openings.further "
         "(`mlc-ray openings` finds them)"
     )
 
 
-LOOKED_AT = 4096
+_READ = ["languages", "response_prompt", "chosen", "answers"]
+
+LOOKED_AT = 512
 """Bundles whose answers are read at the start of a run."""
 
 MOST_OPEN = 0.75

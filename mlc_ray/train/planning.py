@@ -75,7 +75,9 @@ def not_measured(config: TrainConfig, steps: int) -> str | None:
         unknown.append("whether the chosen answers themselves lose probability")
     if not unknown:
         return None
-    return f"no held-out bundles (data.validation): it is not measured, and nothing warns, {' and '.join(unknown)}"
+    return (
+        f"no held-out bundles (data.validation): it is not measured on any, and nothing warns, {' and '.join(unknown)}"
+    )
 
 
 def _of_one_kind(term: str, tokens: TokenArtifact) -> ConfigError:

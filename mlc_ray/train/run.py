@@ -145,7 +145,7 @@ def train(
         with claimed(run_folder, config) if is_new else nullcontext():
             data = prepare_data(config, cache_dir=artifact_cache(run_folder.parent), layer=layer, gpu=gpu)
             steps = steps_of(config, data.tokens)
-            _announce(config, data.tokens, steps, gpu=gpu)
+            _announce(config, data, steps, gpu=gpu)
         LeaseGuard(run_folder, held).check(now=True)  # preparing data may have taken hours
         record_start(run_folder, config, data.fingerprints, data.tokens, steps, commits_of(given, config))
         spec = WorkerSpec(
@@ -349,13 +349,15 @@ def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:
     return parse_config(TrainConfig, {**given, "model": {**given["model"], "dtype": model.dtype}})
 
 
-def _announce(config: TrainConfig, tokens: TokenArtifact, steps: int, *, gpu: bool) -> None:
+def _announce(config: TrainConfig, data: PreparedData, steps: int, *, gpu: bool) -> None:
     """Say how the batches are cut, where that is known before workers look at their memory, and what pulls apart."""
-    if (unlike := refusals_unlike(config, tokens, branches_of(config, None, [tokens]))) is not None:
+    tokens = data.tokens
+    artifacts = [tokens, *([TokenArtifact.open(data.held_out.tokens_folder)] if data.held_out is not None else [])]
+    if (unlike := refusals_unlike(config, artifacts)) is not None:
         logger.warning("%s", unlike)
     if (unmeasured := not_measured(config, steps)) is not None:
         logger.info("%s", unmeasured)
-    if (cutting := _cutting_known(config, [tokens], gpu=gpu)) is not None:
+    if (cutting := _cutting_known(config, artifacts, gpu=gpu)) is not None:
         outlook = look_ahead(tokens, order_of(config, tokens), cutting, steps)
         logger.info("%s", "\n  ".join(said_of(outlook, cutting, config.train.batch_bundles)))
 

@@ -25,6 +25,7 @@ from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import PROMPTS, Generator
 from mlc_ray.judges.base import make_reader
+from mlc_ray.judges.languages import prose
 from mlc_ray.judges.openings import refusal_openings
 from mlc_ray.judges.understanding import merely_not_understood
 from mlc_ray.report.languages import name_and_code
@@ -277,7 +278,7 @@ def _other_language(text: str, code: str, tools: Tools) -> str | None:
     if fault := tools.identifier.fault(text, code, tools.settings.min_confidence):
         return fault
     if not tools.identifier.reads(code):
-        return script(Pair("", text, code), tools)
+        return script(Pair("", prose(text), code), tools)
     return tools.identifier.unclear(text, code)
 
 

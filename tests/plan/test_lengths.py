@@ -1,6 +1,7 @@
 """Lengths: of prepared rows, of a sample, or assumed and said so; and how they are cut."""
 
 import json
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -18,7 +19,7 @@ from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.plan.activations import Row
 from mlc_ray.plan.cutting import cutting_of, order_of, steps_of
 from mlc_ray.plan.lengths import assumed, cut, of_artifact, of_rows, row_of, weights_of
-from mlc_ray.plan.openings import make_branches
+from mlc_ray.plan.openings import make_branches, opened
 from mlc_ray.plan.seconds import attended, flops
 from mlc_ray.plan.shapes import shape_of
 from mlc_ray.train.flops import Work
@@ -211,6 +212,25 @@ def test_openings_that_a_run_reads_are_counted_behind_prompts(smollm2):
     assert max(row.head for row in every.largest) > 12 * weights.opened["all"]
     alone, _ = planned(openings={"english_everywhere": False}, scope="all")
     assert alone.opened["response"] == behind["en"] and alone.opened["all"] < weights.opened["all"]
+
+
+def test_openings_are_counted_of_prepared_rows_as_of_a_sample(tmp_path, smollm2):
+    rows = random_rows(12)
+    tokens = artifact(tmp_path / "tokens", rows)
+    further = {"further": {"xx": ["Which no bundle is in."]}}
+    config = run(
+        model={"path": str(smollm2)}, objective={"loss": "sft"}, terms={"decision": {"weight": 1.0}}, openings=further
+    )
+    tokenizer = load_tokenizer(str(smollm2))
+    branches = make_branches(OpeningsSection(), tokenizer, ChatSection(), LANGUAGES)
+    behind = [len(branches.of(code).ids) for row in rows for code in row.languages]
+    assert of_artifact(tokens, config).opened == {
+        "response": len(branches.of("en").ids),
+        "all": round(sum(behind) / len(behind)),
+    }
+    none = [replace(row, languages=["qq", *row.languages[1:]]) for row in rows]
+    alone = OpeningsSection(english_everywhere=False)
+    assert opened(alone, tokenizer, ChatSection(), none) == {}  # a run that reads them is refused
 
 
 def test_openings_are_assumed_where_no_tokenizer_is_here():

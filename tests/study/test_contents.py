@@ -79,10 +79,28 @@ def test_bundles_that_were_made_again_are_refused_where_a_cell_began(tmp_path: P
     check_contents(plan, Place(folder), before)
     said = (
         r"'.*/s' holds cells of another content \(tiny_1-dpo-1: the bundles of sample:train as tokens had the "
-        r"fingerprint 'of 1', now 'of 2'\), .*: restore what they were made of, or start a new study under another name"
+        r"fingerprint 'of 1', now 'of 2'\), .*: restore what they were made of, remove the folders of these cells, .*, "
+        r"or start a new study under another name"
     )
     with pytest.raises(StudyError, match=said):
         check_contents(plan, Place(folder), now)
+
+
+def test_of_a_study_whose_cells_are_all_scored_it_is_said(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "s"
+    plan = planned(folder, models={"tiny_1": {"path": str(model)}})
+    before, now = (data_of(plan, token_rows(tmp_path / f"rows-{seed}", seed)) for seed in (1, 2))
+    for cell in plan.cells[:-1]:
+        write_cell(folder, cell.method, cell.seed)
+        begin(plan, folder, cell.name, before)
+    with pytest.raises(StudyError):
+        check_contents(plan, Place(folder), now)
+    last = plan.cells[-1]
+    write_cell(folder, last.method, last.seed)
+    check_contents(plan, Place(folder), now)
+    assert "now 'of 2'" in caplog.text and "all cells are scored" in caplog.text
 
 
 def test_a_model_that_was_replaced_is_refused_also_where_the_cells_own_is_gone(
@@ -124,9 +142,7 @@ def test_openings_of_another_version_are_refused_for_the_methods_that_read_them(
     (run / RUN_FILE).write_text(json.dumps(facts))
     with pytest.raises(StudyError) as raised:
         check_contents(plan, Place(folder), data)
-    said = (
-        "(tiny_1-decided-1: the openings of refusals that this version lists had the fingerprint 'of an earlier list'"
-    )
+    said = "(tiny_1-decided-1: the openings of refusals in its languages had the fingerprint 'of an earlier list'"
     assert said in str(raised.value) and "tiny_1-dpo-1" not in str(raised.value)
 
 

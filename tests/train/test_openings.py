@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from mlc_ray.config import ConfigError
 from mlc_ray.data.batches import collate, collate_openings
 from mlc_ray.data.branches import Branch, Branches, OpeningsError, prefix_free
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.base import refusal_log_odds
 from mlc_ray.losses.logprobs import token_log_probs
+from mlc_ray.storage import Place
+from mlc_ray.train.entry import HeldOut
 from mlc_ray.train.forward import opening_log_probs, read_tree
 from mlc_ray.train.model import PolicyWithExtractor, checkpoint_blocks
 from mlc_ray.train.openings import refusals_unlike
+from mlc_ray.train.run import PreparedData, _announce
 from tests.data.files import write_rows
 from tests.train.test_model import ARCHITECTURES, build
 from tests.train.tiny import LANGUAGES, VOCABULARY, random_rows, tiny_config, tiny_model, translated
@@ -254,13 +258,36 @@ def test_the_start_warns_of_refusals_that_the_decision_counts_as_help(tmp_path):
     harmful = [row for row in rows if row.kind == "harmful"]
     number = sum("sw" in row.languages for row in harmful)
     assert 0 < number < len(harmful)
-    config = tiny_config(
-        objective={"loss": "sft", "answers": "all"}, mlc={"weight": 0}, terms={"decision": {"weight": 1}}
-    )
-    said = refusals_unlike(config, tokens, BRANCHES)
+    answered = {"objective": {"loss": "sft", "answers": "all"}, "mlc": {"weight": 0}}
+    config = tiny_config(**answered, terms={"decision": {"weight": 1, "languages": "all"}})
+    said = refusals_unlike(config, [tokens], BRANCHES)
     assert said is not None and f"({number} of {number} in sw): objective.loss='sft' teaches them" in said
     assert "terms.decision" in said and "openings.further" in said
     known = Branches({**OPENINGS, "sw": [[20, 22]]})
-    assert refusals_unlike(config, tokens, known) is None
+    assert refusals_unlike(config, [tokens], known) is None
+    for unread in (  # where the loss, or the term, reads English alone
+        tiny_config(mlc={"weight": 0}, terms={"decision": {"weight": 1, "languages": "all"}}),
+        tiny_config(**answered, terms={"decision": {"weight": 1}}),
+    ):
+        assert refusals_unlike(unread, [tokens], BRANCHES) is None
     without = tiny_config(mlc={"weight": 0}, terms={"consistency": {"weight": 1}})  # it labels no kind
-    assert refusals_unlike(without, tokens, BRANCHES) is None
+    assert refusals_unlike(without, [tokens], BRANCHES) is None
+
+
+def test_the_start_reads_openings_in_the_languages_of_held_out_bundles_too(tmp_path, smollm2, caplog):
+    own, held_out = tmp_path / "own", tmp_path / "held-out"
+    english = [replace(row, languages=["en"], prompts=row.prompts[:1], tapped=row.tapped[:1], response_prompt=0)
+               for row in random_rows(4)]  # fmt: skip
+    for folder, rows in ((own, english), (held_out, random_rows(4))):
+        folder.mkdir()
+        write_rows(folder, [rows_to_table(rows)], fingerprint="x", rejected={})
+    config = tiny_config(
+        model={"path": str(smollm2)}, objective={"loss": "sft"}, mlc={"weight": 0}, terms={"decision": {"weight": 1}},
+        openings={"further": {"sw": ["Samahani, siwezi"]}},
+        data={"train": [{"path": "x"}], "validation": {"sources": [{"path": "y"}]}},
+    )  # fmt: skip
+    data = PreparedData(TokenArtifact.open(own), None, {}, HeldOut(Place(held_out), None))
+    _announce(config, data, 1, gpu=False)
+    assert "2 of 2 in en" in caplog.text  # of random answers none is a refusal
+    with pytest.raises(ConfigError, match=r"openings\.further has 'sw', which no bundle is in"):
+        _announce(config, replace(data, held_out=None), 1, gpu=False)
