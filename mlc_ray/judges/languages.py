@@ -96,7 +96,7 @@ class Identifier:
                 with it (`no` for Bokmål, `sr` for Croatian).
         """
         pairs = list(zip(texts, asked, strict=True))
-        read = ["" if _own(code) in self.unknown else _ASIDE.sub(" ", text)[:_READ] for text, code in pairs]
+        read = ["" if _own(code) in self.unknown else prose(text)[:_READ] for text, code in pairs]
         once = list(dict.fromkeys(read))  # refusals are often the same
         likeliest: dict[str, str | None] = {}
         for some in (once[start : start + _AT_ONCE] for start in range(0, len(once), _AT_ONCE)):
@@ -139,7 +139,7 @@ class Identifier:
         says nothing, since no language that it compares has such letters.
         """
         own = _own(language)
-        read = _ASIDE.sub(" ", text)[:_READ]
+        read = prose(text)[:_READ]
         if own in self.unknown or sum(map(str.isalpha, read)) < _SHORT:
             return None
         shares = self._detector.compute_language_confidence_values(read)
