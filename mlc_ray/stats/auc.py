@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from mlc_ray.stats.intervals import Z
 from mlc_ray.stats.rates import Interval
 
-_Z = 1.959963984540054
 _HALVINGS = 50
 
 
@@ -26,7 +26,7 @@ def auc_interval(auc: float, above: int, below: int) -> Interval:
     def is_within(value: float) -> bool:
         each = (above + below) / 2 - 1
         spread = value * (1 - value) * (1 + each * ((1 - value) / (2 - value) + value / (1 + value)))
-        return abs(value - auc) <= _Z * math.sqrt(spread / (above * below))
+        return abs(value - auc) <= Z * math.sqrt(spread / (above * below))
 
     def limit(end: float) -> float:
         inner = auc
