@@ -211,7 +211,10 @@ def _forward(
             model.get_decoder()(**inputs)
         else:
             # Through the model's own head, so that soft-capping and logit scaling are whatever the architecture says.
-            logits = model(**inputs, logits_to_keep=predicting.numel()).logits[0, -predicting.numel() :]
+            logits = model(**inputs, logits_to_keep=predicting.numel()).logits.flatten(0, 1)
+            if len(logits) != predicting.numel():
+                # Only then: the backward of a slice makes a second gradient of the logits' size.
+                logits = logits[-predicting.numel() :]
     return logits, given[0][0]
 
 
@@ -264,11 +267,16 @@ def _rows_into_final_norm(model: PreTrainedModel, rows: Tensor) -> Iterator[list
     before = norm.register_forward_pre_hook(lambda _, given: (given[0].index_select(1, rows), *given[1:]), prepend=True)
     # After the hooks of an engine that shards parameters, through which the gradient has to pass.
     after = norm.register_forward_hook(lambda _, arguments, output: given.append(output))
+    # The last rows of one sequence keep the strides of all rows, for which torch takes a batched product, and on a CPU
+    # copies a frozen head for it, transposed (272 MB for Qwen2.5-0.5B, at each forward). A view has strides of its own.
+    head = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, given: (given[0].view(given[0].shape), *given[1:]), prepend=True
+    )
     try:
         yield given
     finally:
-        before.remove()
-        after.remove()
+        for hook in (before, after, head):
+            hook.remove()
 
 
 def leave_at(model: PreTrainedModel, layer: int) -> None:

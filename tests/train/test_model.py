@@ -32,7 +32,7 @@ from mlc_ray.train.model import (
     model_depth,
 )
 from mlc_ray.train.reference import ReferenceModel
-from tests.train.tiny import LANGUAGES, random_rows, tiny_model
+from tests.train.tiny import LANGUAGES, VOCABULARY, random_rows, tiny_model
 
 SMALL = {
     "vocab_size": 67,
@@ -225,6 +225,26 @@ def test_selective_checkpointing_repeats_everything_but_products_and_attention()
     for how, (activations, calls) in {False: (1, 1), "selective": (2, 1), True: (2, 2)}.items():
         assert counts[how][silu] == activations * counts[False][silu]
         assert counts[how][attention] == calls * counts[False][attention] > 0
+
+
+def test_a_frozen_head_is_one_product_and_its_logits_have_one_gradient():
+    """A batched product would copy its weights; the backward of an index into logits, all of their gradient."""
+    model = add_adapters(tiny_model(), ModelSection(path="tiny", lora=LoraSection()))
+    module = PolicyWithExtractor(model, layer=3, extractor_dim=16, seed=0).train()
+    seen = []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            output = operation(*args, **(kwargs or {}))
+            seen.append((str(operation), output.shape if isinstance(output, torch.Tensor) else ()))
+            return output
+
+    with Shapes():
+        output = module(batch())
+        (output.chosen.total.sum() + output.representations.sum()).backward()
+    of_logits = {name for name, shape in seen if shape and shape[-1] == VOCABULARY}
+    assert "aten.mm.default" in of_logits
+    assert not of_logits & {"aten.select_backward.default", "aten.slice_backward.default", "aten.bmm.default"}
 
 
 def test_modules_run_in_the_same_order_whether_a_step_taps_or_not():
