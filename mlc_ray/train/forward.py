@@ -264,18 +264,22 @@ def _rows_into_final_norm(model: PreTrainedModel, rows: Tensor) -> Iterator[list
     """Within, the final norm (and so the head) sees only `rows` [R] of the row; yields a list of what it gives."""
     given: list[Tensor] = []
     norm = final_norm(model)
-    before = norm.register_forward_pre_hook(lambda _, given: (given[0].index_select(1, rows), *given[1:]), prepend=True)
-    # After the hooks of an engine that shards parameters, through which the gradient has to pass.
-    after = norm.register_forward_hook(lambda _, arguments, output: given.append(output))
-    # The last rows of one sequence keep the strides of all rows, for which torch takes a batched product, and on a CPU
-    # copies a frozen head for it, transposed (272 MB for Qwen2.5-0.5B, at each forward). A view has strides of its own.
-    head = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, given: (given[0].view(given[0].shape), *given[1:]), prepend=True
-    )
+    hooks = [
+        norm.register_forward_pre_hook(lambda _, given: (given[0].index_select(1, rows), *given[1:]), prepend=True),
+        # After the hooks of an engine that shards parameters, through which the gradient has to pass.
+        norm.register_forward_hook(lambda _, arguments, output: given.append(output)),
+    ]
+    if (head := model.get_output_embeddings()) is not None:
+        # Where only the last of `rows` reach the head, they keep the strides of all, for which torch takes a batched
+        # product; of a head without gradient a CPU copies the weights for it, transposed (272 MB for Qwen2.5-0.5B in
+        # bfloat16). To view them in the shape that they have sets their strides anew.
+        hooks.append(
+            head.register_forward_pre_hook(lambda _, given: (given[0].view(given[0].shape), *given[1:]), prepend=True)
+        )
     try:
         yield given
     finally:
-        for hook in (before, after, head):
+        for hook in hooks:
             hook.remove()
 
 

@@ -230,21 +230,32 @@ def test_selective_checkpointing_repeats_everything_but_products_and_attention()
 def test_a_frozen_head_is_one_product_and_its_logits_have_one_gradient():
     """A batched product would copy its weights; the backward of an index into logits, all of their gradient."""
     model = add_adapters(tiny_model(), ModelSection(path="tiny", lora=LoraSection()))
+    head = model.get_output_embeddings()
     module = PolicyWithExtractor(model, layer=3, extractor_dim=16, seed=0).train()
-    seen = []
+    seen = Counter()
 
-    class Shapes(TorchDispatchMode):
+    class OfLogits(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             output = operation(*args, **(kwargs or {}))
-            seen.append((str(operation), output.shape if isinstance(output, torch.Tensor) else ()))
+            if isinstance(output, torch.Tensor) and output.shape[-1:] == (VOCABULARY,):
+                seen[operation.overloadpacket.__name__] += 1
             return output
 
-    with Shapes():
-        output = module(batch())
+    given, part = [], batch()
+    head.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0].shape[1]))
+    with OfLogits():
+        output = module(part)
         (output.chosen.total.sum() + output.representations.sum()).backward()
-    of_logits = {name for name, shape in seen if shape and shape[-1] == VOCABULARY}
-    assert "aten.mm.default" in of_logits
-    assert not of_logits & {"aten.select_backward.default", "aten.slice_backward.default", "aten.bmm.default"}
+    assert not head.weight.requires_grad and module.extractor.weight.grad.abs().sum() > 0
+    assert given == [part.chosen.predicting.numel() + part.rejected.predicting.numel()]
+    assert seen["mm"] == 1 and not seen.keys() & {"bmm", "select_backward", "slice_backward", "new_zeros", "zeros"}
+
+
+def test_a_model_that_computes_all_logits_says_the_same():
+    module = PolicyWithExtractor(tiny_model(), layer=3, extractor_dim=16, seed=0)
+    chosen, forward = module(batch()).chosen.total, module.policy.forward
+    module.policy.forward = lambda *args, logits_to_keep, **kwargs: forward(*args, **kwargs)
+    assert torch.equal(module(batch()).chosen.total, chosen)
 
 
 def test_modules_run_in_the_same_order_whether_a_step_taps_or_not():
